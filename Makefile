@@ -19,7 +19,7 @@ setup: $(STAMP)
 $(STAMP): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "CPython 3.11 is needed: '$(PYTHON)' was not found. Set PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.lock
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
@@ -41,7 +41,7 @@ format: $(STAMP)
 
 # Resolve everything anew and write the lock, without the three CUDA-only packages.
 lock: $(STAMP)
-	$(BIN)/python docs/make_lock.py
+	$(BIN)/python .ci/lock.py
 
 clean:
 	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache *.egg-info

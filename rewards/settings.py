@@ -30,6 +30,9 @@ class TaskSettings(Settings):
     numbers: int = Field(
         3, ge=2, le=6, description="countdown: how many numbers are given; reversal: ignored."
     )
+    largest: int = Field(
+        9, ge=4, le=99, description="countdown: numbers are drawn from 1 to this; reversal: ignored."
+    )
     seed: int = Field(0, ge=0, description="Seed of the generator; the same seed gives the same rows.")
 
 

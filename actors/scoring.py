@@ -1,0 +1,186 @@
+"""The scoring actor: rewards and the frozen reference's log-probabilities of sampled groups.
+
+    [SampledGroup] ─▶ rewards, group by group ─▶ reference log-probabilities, one batch ─▶ [Group]
+                          └─ any sample's error ─▶ RewardFailure in that group's place
+
+A plain class; `cluster` makes it a Ray actor. User functions are called one completion after another in one
+child process for each `[[reward]]`: more throughput is had from more scoring actors (`scoring.actors`).
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.records import Group, RewardFailure, SampledGroup, Trajectory
+from actors.settings import ScoringSettings
+from rewards.base import RewardError, RewardRequest, Score
+from rewards.build import CombinedReward, build_reward
+from rewards.settings import RewardSettings, TaskSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PENALTY = "missing_eos_penalty"
+
+
+@dataclass(frozen=True, slots=True)
+class RewardedGroup:
+    """A group whose samples all have a reward, on its way to the reference."""
+
+    sampled: SampledGroup
+    scores: tuple[Score, ...]
+    seconds: float
+
+
+class ScoringWorker:
+    """Scores groups; `start` before the first `score`, `stop` at the end."""
+
+    def __init__(
+        self,
+        name: str,
+        reference_path: str,
+        rewards: Sequence[RewardSettings],
+        task: TaskSettings | None,
+        scoring: ScoringSettings,
+        *,
+        dtype: str,
+        attention: str,
+        temperature: float,
+        micro_batch_tokens: int,
+        chunk_tokens: int,
+        device: str,
+        directory: str | None = None,
+    ) -> None:
+        """`temperature` is the sampling temperature; `directory` is where the user's functions are found."""
+        self.name = name
+        self._reference_path = reference_path
+        self._reward_settings = list(rewards)
+        self._task = task
+        self._scoring = scoring
+        self._dtype = dtype
+        self._attention = attention
+        self._temperature = temperature
+        self._micro_batch_tokens = micro_batch_tokens
+        self._chunk_tokens = chunk_tokens
+        self._device = device
+        self._directory = Path(directory) if directory else None
+        self._reward: CombinedReward | None = None
+        self._reference: PreTrainedModel | None = None
+
+    def start(self) -> None:
+        """Build the rewards (ValueError if one cannot work), then load the reference."""
+        self._reward = build_reward(
+            self._reward_settings,
+            self._task,
+            timeout_s=self._scoring.reward_timeout_s,
+            memory_gib=self._scoring.reward_memory_gib,
+            directory=self._directory,
+        )
+        try:
+            self.set_reference(self._reference_path)
+        except BaseException:
+            self.stop()
+            raise
+
+    def set_reference(self, path: str) -> None:
+        """Load another reference in place of the present one."""
+        from actors.language_model import load_causal_model
+
+        self._reference = None  # freed first: two may not fit
+        self._reference = load_causal_model(
+            path, dtype=self._dtype, attention=self._attention, device=self._device
+        )
+        self._reference_path = path
+
+    def stop(self) -> None:
+        """Kill the rewards' child processes and drop the reference; safe to call twice."""
+        if self._reward is not None:
+            self._reward.close()
+        self._reward = None
+        self._reference = None
+
+    def score(self, groups: Sequence[SampledGroup]) -> list[Group | RewardFailure]:
+        """One answer for each group, in order. A failure leaves the other groups as they are."""
+        answers = [self._reward_group(group) for group in groups]
+        rewarded = [answer for answer in answers if isinstance(answer, RewardedGroup)]
+        started = time.monotonic()
+        logprobs = iter(self._reference_logprobs(rewarded))
+        seconds = (time.monotonic() - started) / max(1, len(rewarded))
+        return [
+            answer if isinstance(answer, RewardFailure) else _finished(answer, next(logprobs), seconds)
+            for answer in answers
+        ]
+
+    # --- Rewards -----------------------------------------------------------------------------------------
+
+    def _reward_group(self, group: SampledGroup) -> RewardedGroup | RewardFailure:
+        assert self._reward is not None, "start() comes first"
+        started = time.monotonic()
+        row = group.prompt.row
+        requests = [
+            RewardRequest(row.get("prompt", group.prompt.text), completion.text, row, completion.finished)
+            for completion in group.completions
+        ]
+        scores: list[Score] = []
+        for request, answer in zip(requests, self._reward.score(requests), strict=True):
+            if isinstance(answer, RewardError):
+                return RewardFailure(group.group_id, group.prompt.id, answer.reward, answer.reason)
+            scores.append(self._penalised(answer, request.finished))
+        return RewardedGroup(group, tuple(scores), time.monotonic() - started)
+
+    def _penalised(self, score: Score, finished: bool) -> Score:
+        """Subtract `missing_eos_penalty` from a response that was cut off; shown as a component."""
+        if self._scoring.missing_eos_penalty == 0:
+            return score
+        change = 0.0 if finished else -self._scoring.missing_eos_penalty
+        return Score(score.value + change, {**score.components, PENALTY: change})
+
+    # --- The reference -----------------------------------------------------------------------------------
+
+    def _reference_logprobs(self, groups: Sequence[RewardedGroup]) -> list[list[tuple[float, ...]]]:
+        """For each group, for each sample: the reference's log-probability of each response token."""
+        import torch
+
+        from actors.language_model import response_logprobs
+
+        assert self._reference is not None, "start() comes first"
+        pairs = [
+            (group.sampled.prompt.token_ids, completion.token_ids)
+            for group in groups
+            for completion in group.sampled.completions
+        ]
+        values = response_logprobs(
+            self._reference,
+            pairs,
+            temperature=self._temperature,
+            micro_batch_tokens=self._micro_batch_tokens,
+            chunk_tokens=self._chunk_tokens,
+        )
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise RuntimeError(
+                f"scoring actor {self.name!r}: the reference {self._reference_path!r} gave log-probabilities "
+                "that are not finite; its weights or the precision are at fault"
+            )
+        rest = iter(values)
+        return [[tuple(next(rest).tolist()) for _ in group.sampled.completions] for group in groups]
+
+
+def _finished(group: RewardedGroup, reference_logprobs: Sequence[tuple[float, ...]], seconds: float) -> Group:
+    """Put samples, rewards and reference together; `seconds` is the group's share of the reference's time."""
+    sampled = group.sampled
+    trajectories = tuple(
+        Trajectory(completion, score.value, dict(score.components), logprobs)
+        for completion, score, logprobs in zip(
+            sampled.completions, group.scores, reference_logprobs, strict=True
+        )
+    )
+    return Group(
+        group_id=sampled.group_id,
+        prompt=sampled.prompt,
+        trajectories=trajectories,
+        actor=sampled.actor,
+        sample_seconds=sampled.seconds,
+        score_seconds=group.seconds + seconds,
+    )

@@ -1,0 +1,109 @@
+"""The command line: `headrace COMMAND`, the same as `python -m cluster.cli COMMAND`.
+
+Exit status: 0 success, 2 the user's mistake (one message with field, value and remedy), 1 a failure.
+Heavy imports stand inside the commands, so that --help answers at once.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except ValueError as error:  # what the user can mend; everything else keeps its traceback
+        print(f"headrace: {error}", file=sys.stderr)
+        return EXIT_USER
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headrace",
+        description="Post-train language models by reinforcement learning: vLLM rollouts and rewards on Ray "
+        "actors, PPO on DeepSpeed.",
+    )
+    parser.add_argument("--version", action="version", version=f"headrace {version('headrace')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run a training job", description="Run a training job.")
+    train.add_argument("config", type=Path, metavar="CONFIG.toml", help="what to train, on what, and how")
+    _add_job_options(train)
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the last good checkpoint in --run-dir"
+    )
+    train.set_defaults(run=_train)
+
+    demo = commands.add_parser(
+        "demo",
+        help="the main job on a tiny model, nothing downloaded",
+        description="Build a tiny model, warm it up on imperfect demonstrations, and improve it by PPO "
+        "through all the real parts. About 5 minutes on 2 cores.",
+    )
+    _add_job_options(demo)
+    demo.set_defaults(run=_demo)
+
+    report = commands.add_parser(
+        "report", help="write report.html for a run folder", description="Write report.html for a run folder."
+    )
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder of a run, finished or not")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _add_job_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="override one setting; may be given many times",
+    )
+    command.add_argument(
+        "--run-dir", type=Path, help="where everything is written (default: runs/NAME-DATE-TIME)"
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    from cluster.config_file import ConfigError, load_config
+    from cluster.job import run_job
+
+    config = load_config(options.config, options.overrides)
+    if options.resume and options.run_dir is None:
+        raise ConfigError("--resume needs --run-dir: name the folder of the run to go on with")
+    summary = run_job(config, options.run_dir or _new_run_dir(config.run.name), resume=options.resume)
+    return EXIT_OK if summary["status"] == "completed" else EXIT_FAILED
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from cluster.demo import run_demo
+
+    summary = run_demo(options.overrides, options.run_dir or _new_run_dir("demo"))
+    return EXIT_OK if summary["status"] == "completed" else EXIT_FAILED
+
+
+def _report(options: argparse.Namespace) -> int:
+    from cluster.report import write_report
+
+    if not options.run_dir.is_dir():
+        raise ValueError(f"RUN_DIR {options.run_dir}: there is no such folder; give the folder of a run")
+    print(write_report(options.run_dir))
+    return EXIT_OK
+
+
+def _new_run_dir(name: str) -> Path:
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The configuration of a job: what may be set, and which settings contradict each other.
+
+The tables of each package stand in its own `settings.py`; this file adds the run's own tables and the rules
+that span several. Reading TOML and `--set` is in `cluster.config_file`.
+"""
+
+from typing import Literal, NamedTuple, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from actors.settings import RolloutSettings, ScoringSettings, SyncSettings
+from cluster.data_settings import DataSettings
+from cluster.monitor_settings import MonitorSettings
+from cluster.scheduler import SchedulerSettings
+from cluster.scratch import check_shape
+from learner.settings import LearnerSettings, ModelSettings, OptimizerSettings, PPOSettings, WarmupSettings
+from rewards.settings import RewardSettings, Settings, TaskSettings
+
+
+class RunSettings(Settings):
+    """`[run]`: how long, how often, and on what batch."""
+
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the run and its folder."
+    )
+    seed: int = Field(0, ge=0, description="Seed of data order, initial weights and minibatches.")
+    steps: int = Field(100, ge=1, description="Learner steps.")
+    batch_size: int = Field(
+        256, ge=1, description="Samples a learner step; a multiple of `rollout.group_size`."
+    )
+    evaluate_prompts: int = Field(256, ge=2, description="Held-out prompts in an evaluation, at most.")
+    evaluate_samples: int = Field(1, ge=1, description="Samples for each held-out prompt.")
+    checkpoint_every: int = Field(
+        50, ge=0, description="Learner steps between checkpoints; 0: only the last."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+
+
+class ClusterSettings(Settings):
+    """`[cluster]`: which Ray to use."""
+
+    address: str = Field(
+        "", description="Empty: a private Ray on this machine; `auto`: the one that is running."
+    )
+    start_timeout_s: float = Field(
+        120, gt=0, description="Deadline for Ray to start and place actors, in seconds."
+    )
+    object_store_gib: float = Field(0.5, gt=0.07, description="Object store of a private Ray, in GiB.")
+
+
+class _Rule(NamedTuple):
+    """One rule over several settings: where it is broken, what to say of which field."""
+
+    broken: bool
+    field: str
+    value: object
+    remedy: str
+
+
+class JobConfig(Settings):
+    """A whole job. Every table but `[model]` and `[[reward]]`, and `[data]` or `[task]`, has defaults."""
+
+    objective: Literal["ppo"] = Field("ppo", description="What the job optimises.")
+    run: RunSettings = Field(default_factory=RunSettings)
+    model: ModelSettings
+    task: TaskSettings | None = None
+    data: DataSettings | None = None
+    warmup: WarmupSettings = Field(default_factory=WarmupSettings)
+    reward: list[RewardSettings] = Field(min_length=1)
+    rollout: RolloutSettings = Field(default_factory=RolloutSettings)
+    scoring: ScoringSettings = Field(default_factory=ScoringSettings)
+    scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
+    learner: LearnerSettings = Field(default_factory=LearnerSettings)
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    ppo: PPOSettings = Field(default_factory=PPOSettings)
+    sync: SyncSettings = Field(default_factory=SyncSettings)
+    monitor: MonitorSettings = Field(default_factory=MonitorSettings)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
+
+    @property
+    def groups_per_step(self) -> int:
+        """P: groups that a learner step consumes."""
+        return self.run.batch_size // self.rollout.group_size
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.run.steps * self.ppo.epochs * self.ppo.minibatches
+
+    @field_validator("reward")
+    @classmethod
+    def _labels_differ(cls, rewards: list[RewardSettings]) -> list[RewardSettings]:
+        labels = [reward.label for reward in rewards]
+        twice = {label for label in labels if labels.count(label) > 1}
+        if twice:
+            raise ValueError(f"two rewards are called {sorted(twice)[0]!r}: give each `[[reward]]` a `name`")
+        return rewards
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for rule in (*self._batch_rules(), *self._model_rules(), *self._data_rules()):
+            if rule.broken:
+                raise ContradictionError(rule.field, rule.value, rule.remedy)
+        if self.model.scratch is not None:
+            check_shape(self.model.scratch)
+        return self
+
+    def _batch_rules(self) -> list[_Rule]:
+        batch, group = self.run.batch_size, self.rollout.group_size
+        nearest = max(group, batch // group * group)
+        return [
+            _Rule(
+                batch % group != 0,
+                "run.batch_size",
+                batch,
+                f"is not a multiple of rollout.group_size = {group}; use {nearest} or {nearest + group}",
+            ),
+            _Rule(
+                batch % self.ppo.minibatches != 0,
+                "ppo.minibatches",
+                self.ppo.minibatches,
+                f"does not divide run.batch_size = {batch}; choose a divisor of it",
+            ),
+            _Rule(
+                batch // self.ppo.minibatches < self.learner.ranks,
+                "ppo.minibatches",
+                self.ppo.minibatches,
+                f"gives a minibatch fewer samples than learner.ranks = {self.learner.ranks}; lower it",
+            ),
+            _Rule(
+                self.learner.cpu_offload and self.learner.zero_stage < 2,
+                "learner.cpu_offload",
+                True,
+                f"needs learner.zero_stage 2 or 3, not {self.learner.zero_stage}",
+            ),
+            _Rule(
+                self.learner.device == "cpu" and self.sync.backend in ("nccl", "ipc"),
+                "sync.backend",
+                self.sync.backend,
+                'moves weights between GPUs, but learner.device is "cpu"; set it to "shared" or "auto"',
+            ),
+        ]
+
+    def _model_rules(self) -> list[_Rule]:
+        scratch, model = self.model.scratch, self.model
+        limit = model.max_length or (scratch.max_length if scratch else None)
+        return [
+            _Rule(
+                bool(model.path) == (scratch is not None),
+                "model.path",
+                model.path,
+                "give exactly one of model.path (a folder or hub name) and the table [model.scratch]",
+            ),
+            _Rule(
+                scratch is not None and (model.max_length or 0) > scratch.max_length,
+                "model.max_length",
+                model.max_length,
+                "is beyond model.scratch.max_length; lower it or leave it out",
+            ),
+            _Rule(
+                limit is not None and self.rollout.max_new_tokens >= limit,
+                "rollout.max_new_tokens",
+                self.rollout.max_new_tokens,
+                f"leaves no room for a prompt within the model's {limit} tokens; lower it",
+            ),
+            _Rule(
+                bool(model.critic) and self.ppo.value_model == "head",
+                "model.critic",
+                model.critic,
+                'is given, but ppo.value_model is "head"; set it to "critic"',
+            ),
+        ]
+
+    def _data_rules(self) -> list[_Rule]:
+        needs_task = next((reward.label for reward in self.reward if reward.kind == "task"), None)
+        return [
+            _Rule(
+                (self.task is None) == (self.data is None),
+                "data",
+                None if self.data is None else self.data.train,
+                "give exactly one of [data] (your rows) and [task] (generated rows)",
+            ),
+            _Rule(
+                needs_task is not None and self.task is None,
+                "reward.kind",
+                "task",
+                f"needs a [task] table; for your own rows choose another kind for reward {needs_task!r}",
+            ),
+            _Rule(
+                self.warmup.steps > 0
+                and not self.warmup.data
+                and (self.task is None or self.task.demonstrations == 0),
+                "warmup.steps",
+                self.warmup.steps,
+                "needs demonstrations: name a file of prompt and completion in warmup.data, or set it to 0",
+            ),
+        ]
+
+
+class ContradictionError(ValueError):
+    """Two settings that cannot both hold; carries the field's full name and its value."""
+
+    def __init__(self, field: str, value: object, remedy: str) -> None:
+        super().__init__(f"{field} = {value!r} {remedy}")
+        self.field = field

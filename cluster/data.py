@@ -1,0 +1,343 @@
+"""Prompts and demonstrations as token ids, the held-out split, and the order of training prompts.
+
+read_rows → Encoder (chat template, tokens, checks) → Prompt → held-out split → PromptCursor
+                   └→ Quarantine, with line and reason
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from actors.records import Prompt
+from cluster.data_files import BadRow, Quarantine, Reading, read_rows
+from cluster.data_settings import DEFAULT_HELDOUT_FRACTION, DataSettings
+from cluster.prompt_cursor import PromptCursor
+
+__all__ = [
+    "Counts",
+    "DataSettings",
+    "Encoder",
+    "PromptCursor",
+    "PromptData",
+    "PromptSet",
+    "Quarantine",
+    "load_demonstrations",
+    "load_prompts",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What became of every line of a source: lines = good + blank + the sum of quarantined + unread."""
+
+    lines: int
+    good: int
+    blank: int
+    quarantined: Mapping[str, int]
+    unread: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Prompts of one source or split. `counts` speaks of the source, before any held-out prompts left it."""
+
+    prompts: tuple[Prompt, ...]
+    counts: Counts
+
+
+@dataclass(frozen=True, slots=True)
+class PromptData:
+    """Training and held-out prompts; no text stands in both."""
+
+    train: PromptSet
+    heldout: PromptSet
+
+
+# --- one row → tokens ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Turns the values of a row into tokens, or raises BadRow with the reason why it cannot.
+
+    A text without a template is encoded with the special tokens that the tokenizer itself adds (a BOS, for
+    many); a templated prompt and a completion are encoded without, as the template writes its own.
+    """
+
+    tokenizer: Any
+    settings: DataSettings
+    max_tokens: int
+    unknown: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.settings.apply_chat_template == "always" and not self.tokenizer.chat_template:
+            raise ValueError(
+                'data.apply_chat_template = "always", but the tokenizer has no chat template: set "auto" or '
+                '"never", or use a model with a template'
+            )
+        unk = self.tokenizer.unk_token_id
+        object.__setattr__(self, "unknown", frozenset(() if unk is None else (unk,)))
+
+    def prompt(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
+        """Token ids, and the text: the prompt itself, or for chat messages what the template made of them."""
+        value = _column(row, self.settings.prompt_column)
+        if isinstance(value, str):
+            if not value.strip():
+                raise BadRow("empty prompt", "only white space")
+            if self._template_for_text():
+                messages = [{"role": "user", "content": value}]
+                return self._encode(self._render(messages), special=False), value
+            return self._encode(value, special=True), value
+        if isinstance(value, list):
+            text = self._render(check_messages(value))
+            return self._encode(text, special=False), text
+        raise BadRow("wrong type", f"the prompt is a {type(value).__name__}, not a text or chat messages")
+
+    def completion(self, row: Mapping[str, Any]) -> tuple[int, ...]:
+        """Token ids of a demonstration's response, the end token added."""
+        value = _column(row, self.settings.completion_column)
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+            value = value[0].get("content")  # [{"role": "assistant", "content": …}]
+        if not isinstance(value, str):
+            raise BadRow("wrong type", f"the completion is a {type(value).__name__}, not a text")
+        if not value.strip():
+            raise BadRow("empty completion", "only white space")
+        return (*self._encode(value, special=False), int(self.tokenizer.eos_token_id))
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse what is longer than the limit."""
+        if tokens > self.max_tokens:
+            raise BadRow("over-long", f"{tokens} tokens, at most {self.max_tokens} fit")
+
+    def _template_for_text(self) -> bool:
+        wanted = self.settings.apply_chat_template
+        return wanted == "always" or (wanted == "auto" and bool(self.tokenizer.chat_template))
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        if not self.tokenizer.chat_template or self.settings.apply_chat_template == "never":
+            cause = "the tokenizer has none" if not self.tokenizer.chat_template else "templates are off"
+            raise BadRow("no chat template", f"chat messages need one, but {cause}")
+        system = self.settings.system_prompt
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise BadRow("chat template refused", str(error)) from error
+
+    def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        ids = tuple(int(i) for i in self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        if not self.unknown.isdisjoint(ids):
+            raise BadRow("unknown token", "a character that the tokenizer's vocabulary does not have")
+        if not ids:
+            raise BadRow("empty prompt", "no tokens")
+        return ids
+
+
+def _column(row: Mapping[str, Any], column: str) -> Any:
+    value = row.get(column)
+    if value is None:
+        state = "null" if column in row else f"not among {', '.join(map(repr, row)) or 'no columns'}"
+        raise BadRow("missing column", f"{column!r} is {state}")
+    return value
+
+
+def check_messages(value: list[Any]) -> list[dict[str, Any]]:
+    """Chat messages with a role and a text each, the last one not the assistant's; else BadRow."""
+    if not value:
+        raise BadRow("empty prompt", "no messages")
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict):
+            raise BadRow("wrong type", f"message {number} is a {type(message).__name__}, not an object")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise BadRow("wrong type", f"message {number} has no text under {key!r}")
+    if not any(message["content"].strip() for message in value):
+        raise BadRow("empty prompt", "no message has text")
+    if value[-1]["role"] == "assistant":
+        raise BadRow("wrong type", "the last message is the assistant's, so there is nothing to answer")
+    return value
+
+
+def check_answer(row: Mapping[str, Any], column: str, required: bool) -> None:
+    """An answer is a text, a number or a list of these; else BadRow."""
+    if row.get(column) is None and not required:
+        return
+    value = _column(row, column)
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, str | int | float):
+            raise BadRow("wrong type", f"{column!r} holds a {type(item).__name__}, not a text or number")
+
+
+# --- sources → prompts ---------------------------------------------------------------------------------
+
+
+def load_prompts(
+    settings: DataSettings,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_new_tokens: int,
+    max_heldout: int,
+    seed: int,
+    quarantine: Quarantine,
+    required_columns: Sequence[str] = (),
+) -> PromptData:
+    """Read training and held-out prompts.
+
+    `required_columns` are what the rewards need in every row; `max_heldout` bounds the held-out prompts.
+
+    Raises ValueError where a source cannot be read or has no good row, or no held-out prompt can be had.
+    """
+    room = max_length - max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"rollout.max_new_tokens = {max_new_tokens} leaves no room for a prompt in model.max_length = "
+            f"{max_length}: lower the first or raise the second"
+        )
+    encoder = Encoder(tokenizer, settings, min(room, settings.max_prompt_tokens or room))
+    using: dict[str, Any] = {
+        "encoder": encoder,
+        "quarantine": quarantine,
+        "required_columns": required_columns,
+    }
+    if not settings.heldout:
+        source = _read_prompts("train", settings, **using, limit=settings.max_rows)
+        return split_heldout(source, settings.heldout_fraction or DEFAULT_HELDOUT_FRACTION, max_heldout, seed)
+    heldout = _read_prompts("heldout", settings, **using, limit=max_heldout)
+    taken = frozenset(prompt.token_ids for prompt in heldout.prompts)
+    train = _read_prompts("train", settings, **using, limit=settings.max_rows, taken=taken)
+    return PromptData(train, heldout)
+
+
+def _read_prompts(
+    split: str,
+    settings: DataSettings,
+    *,
+    encoder: Encoder,
+    quarantine: Quarantine,
+    required_columns: Sequence[str],
+    limit: int | None,
+    taken: frozenset[tuple[int, ...]] = frozenset(),
+) -> PromptSet:
+    train = split == "train"
+    name = settings.train if train else settings.heldout
+    reading = Reading(name, quarantine)
+    rows = read_rows(
+        name,
+        reading,
+        field=f"data.{split}",
+        split=settings.train_split if train else settings.heldout_split,
+        subset=settings.subset,
+        revision=settings.revision,
+    )
+    prompts: dict[str, Prompt] = {}
+    unread = 0
+    for line, row in rows:
+        if limit is not None and len(prompts) >= limit:
+            unread += 1
+            continue
+        try:
+            prompt = _prompt(
+                split, line, row, settings=settings, encoder=encoder, required_columns=required_columns
+            )
+            if prompt.id in prompts:
+                raise BadRow("duplicate id", f"{prompt.id!r} stands in an earlier row")
+            if prompt.token_ids in taken:
+                raise BadRow("in held-out set", "the same prompt is in data.heldout")
+        except BadRow as bad:
+            reading.reject(line, bad, json.dumps(row, ensure_ascii=False))
+        else:
+            prompts[prompt.id] = prompt
+    reading.require_good(len(prompts), f"data.{split}")
+    return PromptSet(tuple(prompts.values()), _counts(reading, len(prompts), unread))
+
+
+def _prompt(
+    split: str,
+    line: int,
+    row: dict[str, Any],
+    *,
+    settings: DataSettings,
+    encoder: Encoder,
+    required_columns: Sequence[str],
+) -> Prompt:
+    ids, text = encoder.prompt(row)
+    encoder.check_length(len(ids))
+    for column in {settings.answer_column, *required_columns}:
+        check_answer(row, column, required=column in required_columns)
+    name: Any = line
+    if settings.id_column:
+        name = _column(row, settings.id_column)
+        if not isinstance(name, str | int):
+            raise BadRow(
+                "wrong type", f"{settings.id_column!r} is a {type(name).__name__}, not a text or number"
+            )
+    return Prompt(id=f"{split}:{name}", token_ids=ids, text=text, row=row)
+
+
+def _counts(reading: Reading, good: int, unread: int = 0) -> Counts:
+    lines = good + reading.blank + sum(reading.quarantined.values()) + unread
+    return Counts(lines, good, reading.blank, dict(reading.quarantined), unread)
+
+
+def split_heldout(source: PromptSet, fraction: float, largest: int, seed: int) -> PromptData:
+    """Set `fraction` of the distinct prompts aside, at least one, at most `largest`, with all their rows.
+
+    Which ones depends on the seed and the prompts' tokens only, not on the order of rows: the prompts with
+    the smallest SHA-256 of (seed, tokens) are held out.
+    """
+
+    def rank(ids: tuple[int, ...]) -> bytes:
+        return hashlib.sha256(f"{seed}:{ids}".encode()).digest()
+
+    distinct = sorted({prompt.token_ids for prompt in source.prompts}, key=rank)
+    if len(distinct) < 2:
+        raise ValueError(
+            "data.train has only one distinct prompt, so none can be held out: add rows or name data.heldout"
+        )
+    size = min(max(1, round(fraction * len(distinct))), largest, len(distinct) - 1)
+    aside = set(distinct[:size])
+    train = tuple(prompt for prompt in source.prompts if prompt.token_ids not in aside)
+    heldout = tuple(prompt for prompt in source.prompts if prompt.token_ids in aside)
+    return PromptData(PromptSet(train, source.counts), PromptSet(heldout, source.counts))
+
+
+def load_demonstrations(
+    path: str | Path,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    quarantine: Quarantine,
+    settings: DataSettings | None = None,
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Pairs (prompt ids, completion ids with the end token) from a file of `prompt` and `completion` rows.
+
+    `settings` gives column names and the use of chat templates; without it the defaults hold.
+    """
+    settings = settings or DataSettings.model_validate({"train": str(path)})
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no end token (eos_token), so demonstrations cannot be ended: set one"
+        )
+    encoder = Encoder(tokenizer, settings, max_length)
+    reading = Reading(str(path), quarantine)
+    pairs: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for line, row in read_rows(str(path), reading, field="warmup.data", split=settings.train_split):
+        try:
+            prompt, _ = encoder.prompt(row)
+            completion = encoder.completion(row)
+            encoder.check_length(len(prompt) + len(completion))
+        except BadRow as bad:
+            reading.reject(line, bad, json.dumps(row, ensure_ascii=False))
+        else:
+            pairs.append((prompt, completion))
+    reading.require_good(len(pairs), "warmup.data")
+    return pairs

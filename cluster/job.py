@@ -1,0 +1,87 @@
+"""One training job from configuration to summary: prepare, start, warm up, train, evaluate, report.
+
+What the user can mend (configuration, data, folder) is raised as ValueError before any actor starts. Whatever
+fails later ends the run with one logged cause, a summary with status `failed`, and no process left behind.
+"""
+
+import asyncio
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from cluster import checkpoint
+from cluster.config import JobConfig
+from cluster.monitor import Monitor
+from cluster.placement import ray_session
+from cluster.prepare import Prepared, prepare
+from cluster.report import write_report
+from cluster.run_folder import open_run_folder
+from cluster.training import TrainingRun
+
+
+def run_job(config: JobConfig, run_dir: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Run a job in `run_dir` and give its summary, which is also in `summary.json`.
+
+    Raises ValueError for what the user can mend, before any actor starts. A later failure does not raise: the
+    summary's `status` is then "failed" and its `error` the cause.
+    """
+    started = time.perf_counter()
+    open_run_folder(run_dir, config, resume=resume)
+    prepared = prepare(config, run_dir)
+    resume_from = checkpoint.latest(run_dir / "checkpoints") if resume else None
+    step = checkpoint.read_state(resume_from[0])["step"] if resume_from else None
+    with Monitor(
+        run_dir, config.monitor, config.model_dump(mode="json"), config.run.steps, resume_from=step
+    ) as monitor:
+        _announce(monitor, prepared, resume_from)
+        job = TrainingRun(config, prepared, run_dir, monitor, resume_from[0] if resume_from else None)
+        outcome = _run_and_catch(job, monitor)
+        summary = job.summary() | outcome | {"wall_s": time.perf_counter() - started}
+        monitor.summary(summary)
+        report = write_report(run_dir)
+        monitor.event(f"{summary['status']}: report in {report}, checkpoints in {run_dir / 'checkpoints'}")
+        monitor.close(0 if summary["status"] == "completed" else 1)
+    return summary
+
+
+def _announce(monitor: Monitor, prepared: Prepared, resume_from: tuple[Path, list[str]] | None) -> None:
+    prompts = prepared.prompts
+    monitor.event(
+        f"data: {len(prompts.train.prompts)} training and {len(prompts.heldout.prompts)} held-out prompts, "
+        f"{len(prepared.demonstrations)} demonstrations"
+    )
+    if prepared.quarantine.counts:
+        monitor.event(
+            f"warning: {prepared.quarantine.counts.total()} rows were put aside "
+            f"({prepared.quarantine.describe()}): see {prepared.quarantine.path}"
+        )
+    if resume_from is not None:
+        folder, problems = resume_from
+        for problem in problems:
+            monitor.event(f"warning: checkpoint {problem}; an older one is used")
+        monitor.event(f"resuming from {folder.name}")
+
+
+def _run_and_catch(job: TrainingRun, monitor: Monitor) -> dict[str, Any]:
+    """Run the job; what happened as status and error."""
+    try:
+        with ray_session(job.config, job.run_dir) as cuda:
+            stopped = asyncio.run(job.run(cuda=cuda))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        monitor.event("interrupted before the first step")
+        return {"status": "interrupted", "error": None}
+    except Exception as error:  # noqa: BLE001 - the one place where a run's failure is reported
+        cause = first_cause(error)
+        monitor.event(f"failed: {type(cause).__name__}: {cause}")
+        details = "".join(traceback.format_exception(cause))
+        (job.run_dir / "error.txt").write_text(details, encoding="utf-8")
+        return {"status": "failed", "error": f"{type(cause).__name__}: {cause}"}
+    return {"status": "interrupted" if stopped else "completed", "error": None}
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The first real error inside nested groups of them."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

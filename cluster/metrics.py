@@ -1,0 +1,166 @@
+"""Every metric of a run: what it is, its unit, what is healthy, and what to do when it is not.
+
+A name with `<…>` stands for a family: `reward/<label>` explains `reward/exact`. To add a metric, add a line
+here and write docs/metrics.md anew with `python -m cluster.metrics`.
+"""
+
+# ruff: noqa: E501 - a table reads best with one entry a line
+
+import functools
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One name, or one family of names."""
+
+    name: str
+    meaning: str
+    unit: str
+    healthy: str
+    action: str
+
+
+NONE = "–"
+
+SECTIONS: dict[str, tuple[Metric, ...]] = {
+    "Axes and counters": (
+        Metric("learner_step", "Learner steps finished, 0 before training: the axis of all else.", "steps", "rises by 1", NONE),
+        Metric("warmup/step", "Updates of the supervised warm-up: the axis of `warmup/*`.", "updates", "rises by 1", NONE),
+        Metric("epoch", "Passes over the training prompts so far.", "passes", NONE, "Far above 1: the policy may learn prompts by heart; watch `heldout/reward`."),
+        Metric("tokens_generated", "Response tokens sampled so far for training, the discarded ones included.", "tokens", "close to `tokens_trained`", "A wide gap: groups are dropped or sampled again."),
+        Metric("tokens_trained", "Response tokens trained on so far.", "tokens", "rises", NONE),
+        Metric("reward_errors", "Groups left out so far because a reward raised, hung or was not finite.", "groups", "0", "Read the reasons in events.log and mend the reward."),
+    ),
+    "Reward": (
+        Metric("reward/mean", "Mean reward of the trained samples: Σ weight · component, less the penalty for a missing end.", "reward", "rises, then levels off", "Flat: see `reward/std`, `ppo/clip_fraction` and `kl/sequence`. Rising while `heldout/reward` falls: overfitting."),
+        Metric("reward/std", "Standard deviation of the reward over the trained samples.", "reward", "above 0", "0: all samples score alike and nothing can be learned; choose easier or harder prompts."),
+        Metric("reward/min", "Smallest reward of the trained samples.", "reward", NONE, NONE),
+        Metric("reward/max", "Largest reward of the trained samples.", "reward", NONE, NONE),
+        Metric("reward/<label>", "Mean of one `[[reward]]`, before its weight.", "reward", NONE, "One part rises while another falls: balance their weights."),
+        Metric("heldout/reward", "Mean reward over held-out prompts, sampled at the training temperature.", "reward", "rises with `reward/mean`", "Falls: stop earlier, raise `ppo.kl_coef`, or add prompts."),
+        Metric("heldout/reward_ci95", "Half width of the 95 % t interval of `heldout/reward`, over prompts.", "reward", "small beside the gain", "Raise `run.evaluate_prompts`."),
+        Metric("heldout/kl_sequence", "Mean over held-out samples of Σ_t (log π − log π_ref), k1.", "nats a sequence", "as `kl/sequence`", "As `kl/sequence`."),
+        Metric("heldout/response_tokens", "Mean length of a held-out response.", "tokens", "steady", "As `length/mean`."),
+        Metric("heldout/reward_errors", "Held-out prompts left out because their reward failed.", "prompts", "0", "As `reward_errors`."),
+    ),
+    "Distance to the reference": (
+        Metric("kl/sequence", "Mean over samples of Σ_t (log π − log π_ref), k1.", "nats a sequence", "a few nats, rising slowly", "Runs away: raise `ppo.kl_coef` or use `kl_control = \"adaptive\"`."),
+        Metric("kl/token", "Mean over tokens of log π − log π_ref, k1.", "nats a token", "0 to 0.5", "As `kl/sequence`."),
+        Metric("kl/token_k3", "Mean over tokens of e^(−δ) − 1 + δ, δ = log π − log π_ref: never negative, less noisy.", "nats a token", "0 to 0.5", "As `kl/sequence`."),
+        Metric("kl/coef", "β, the weight of the KL penalty inside the reward.", "reward a nat", "steady or slowly moving", "Adaptive and at an extreme: `ppo.kl_target` is out of reach."),
+        Metric("kl/penalty", "Mean over samples of β · KL, what the reward lost to it.", "reward", "below the gain in reward", "Above it: lower `ppo.kl_coef`."),
+    ),
+    "Policy and value": (
+        Metric("policy/entropy", "Mean over response tokens of the entropy of π(·|s).", "nats a token", "falls slowly, stays above 0", "Collapses: raise `ppo.entropy_coef` or `ppo.kl_coef`, lower `optimizer.lr`."),
+        Metric("loss/policy", "−mean min(ρA, clip(ρ)A) over response tokens, with the correction for lag.", "–", "near 0; its sign means nothing", NONE),
+        Metric("loss/value", "½ mean max((V − R)², (clip(V) − R)²).", "reward²", "falls, then levels off", "Grows: lower `optimizer.critic_lr` or `ppo.value_coef`."),
+        Metric("loss/supervised", "−mean log π of demonstrated tokens.", "nats a token", "falls", "Flat: raise `warmup.lr` or `warmup.steps`."),
+        Metric("loss/total", "What the gradient is taken of.", "–", NONE, NONE),
+        Metric("ppo/ratio_mean", "Mean of ρ = π / π_old over tokens.", "–", "0.95 to 1.05", "Further off: lower `optimizer.lr` or `ppo.epochs`."),
+        Metric("ppo/ratio_max", "Largest ρ of the step.", "–", "below 5", "As `ppo/ratio_mean`."),
+        Metric("ppo/first_ratio_deviation", "max |ρ − 1| in the first minibatch, before any update.", "–", "0 up to rounding", "Otherwise the two forward passes differ: a defect. Please report it."),
+        Metric("ppo/clip_fraction", "Share of tokens whose ratio was clipped.", "share", "0.01 to 0.3", "0: the step is timid; above: lower `optimizer.lr` or `ppo.epochs`."),
+        Metric("ppo/value_clip_fraction", "Share of tokens whose value was clipped.", "share", "below 0.3", "Above: raise `ppo.clip_value` to the scale of the returns."),
+        Metric("ppo/approx_kl", "KL(π_old‖π) of the update, k3 over tokens.", "nats a token", "below 0.05", "Above: lower `optimizer.lr` or `ppo.epochs`."),
+        Metric("value/explained_variance", "1 − Var(R − V) / Var(R).", "share", "rises towards 1", "Below 0: the value model is worse than a constant; raise `optimizer.critic_lr`."),
+        Metric("value/mean", "Mean value estimate over response tokens.", "reward", "near the mean return", NONE),
+        Metric("advantage/<statistic>", "Statistic of the advantages before whitening.", "reward", NONE, NONE),
+        Metric("return/<statistic>", "Statistic of the returns.", "reward", NONE, NONE),
+        Metric("optimizer/lr", "Learning rate of the policy.", "–", "follows the schedule", NONE),
+        Metric("optimizer/critic_lr", "Learning rate of an own critic.", "–", "follows the schedule", NONE),
+        Metric("optimizer/grad_norm", "Global norm of the policy's gradient before clipping.", "–", "steady", "Spikes: lower `optimizer.lr`. Always above `max_grad_norm`: every step is scaled down."),
+        Metric("optimizer/critic_grad_norm", "The same of an own critic.", "–", "steady", "As `optimizer/grad_norm`."),
+        Metric("optimizer/updates", "Optimizer updates so far.", "updates", "rises", NONE),
+    ),
+    "Responses": (
+        Metric("length/mean", "Mean length of the trained responses, the end token included.", "tokens", "steady, or moving with the task", "Grows without reward: raise `scoring.missing_eos_penalty`."),
+        Metric("length/max", "Longest trained response.", "tokens", "below `rollout.max_new_tokens`", "At the limit: see `length/finished_fraction`."),
+        Metric("length/finished_fraction", "Share of responses that the policy ended itself.", "share", "near 1", "Low: raise `rollout.max_new_tokens` or `scoring.missing_eos_penalty`."),
+    ),
+    "Lag and mismatch": (
+        Metric("lag/mean", "Mean over trained tokens of the learner's step minus the version that sampled them.", "steps", "0 to `scheduler.window`", NONE),
+        Metric("lag/max", "Largest lag of a trained token.", "steps", "at most `scheduler.window`", "Never above: the run would stop."),
+        Metric("mismatch/ess", "(Σw)² / (n Σw²), w = π_learner / μ on raw weights: the share of samples that still count.", "share", "above 0.9", "Low: lower `scheduler.window` or `optimizer.lr`."),
+        Metric("mismatch/kl", "Mean of e^ℓ − 1 − ℓ, ℓ = log π_learner − log μ: KL(μ‖π).", "nats a token", "below 0.01", "As `mismatch/ess`; at lag 0 it is the engines' own difference."),
+        Metric("mismatch/cut_fraction", "Share of tokens whose weight was cut off at `ppo.importance_cap`.", "share", "below 0.05", "As `mismatch/ess`."),
+        Metric("mismatch/abs_logprob_difference", "Mean |log π_learner − log μ|.", "nats a token", "below 0.05", "As `mismatch/ess`."),
+    ),
+    "Scheduler and weight sync": (
+        Metric("scheduler/window", "S, the largest lag that is allowed.", "steps", "as set", NONE),
+        Metric("scheduler/in_flight", "Groups being sampled or scored when the step ended.", "groups", "above 0", "0: the learner waits; raise `scheduler.window` or `rollout.actors`."),
+        Metric("scheduler/queued", "Groups scored and ready when the step ended.", "groups", NONE, "Always full: rollout is faster than learning; use fewer actors."),
+        Metric("sync/probe_max_abs_diff", "Largest |difference| of a probe token's log-probability, actor against learner, after the sync.", "nats", "below `sync.tolerance`", "Above: the run stops and names the actor."),
+    ),
+    "Time and throughput": (
+        Metric("perf/tokens_per_s", "Response tokens trained a second of the step.", "tokens/s", "steady", "Falls: see which `timing_s/*` grew."),
+        Metric("perf/padding_fraction", "Share of padding among the tokens that the learner computed on.", "share", "below 0.05", "Raise `learner.micro_batch_tokens`."),
+        Metric("perf/learner_wait_fraction", "Share of the step that the learner waited for groups.", "share", "below 0.2", "High: add rollout actors or raise `scheduler.window`."),
+        Metric("perf/rollout_wait_fraction", "Share of the step that rollout actors had nothing to do.", "share", "below 0.3", "High: raise `scheduler.window`, or use fewer actors."),
+        Metric("wait/learner_s", "Time that the learner waited for groups.", "s", "small beside `timing_s/step`", "As `perf/learner_wait_fraction`."),
+        Metric("wait/rollout_s", "Time that rollout actors had nothing to do, mean over actors.", "s", NONE, "As `perf/rollout_wait_fraction`."),
+        Metric("timing_s/step", "From the moment that the step could start waiting for groups to its weights being proved.", "s", "steady", "Grows: see the stages."),
+        Metric("timing_s/sync", "Publishing weights until every rollout actor proved them.", "s", "small beside `timing_s/step`", "Put learner and actors on one host, or lower `sync.probe_sequences`."),
+        Metric("timing_s/<stage>", "Time of one stage of a step.", "s", NONE, NONE),
+        Metric("memory/<place>", "Memory in use.", "GiB", "below what the machine has", NONE),
+    ),
+    "Warm-up": (
+        Metric("warmup/loss", "−mean log π of demonstrated tokens.", "nats a token", "falls", "As `loss/supervised`."),
+        Metric("warmup/<name>", "Another value of a warm-up update, named as in training.", "–", NONE, NONE),
+    ),
+    "The monitor itself": (
+        Metric("monitor/nonfinite_values", "Values so far that were NaN or infinite and are written as null.", "values", "0", "The first one is named in events.log."),
+        Metric("monitor/unknown_metrics", "Names in use that this page does not explain.", "names", "0", "Add them to cluster/metrics.py."),
+        Metric("monitor/wandb_errors", "Calls to W&B that failed; the local files miss nothing.", "calls", "0", "See the warning in events.log."),
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def lookup(name: str) -> Metric | None:
+    """The entry that explains a name: an exact one before a family; None if there is none."""
+    entries = [metric for section in SECTIONS.values() for metric in section]
+    exact = next((metric for metric in entries if metric.name == name), None)
+    return exact or next((metric for metric in entries if _pattern(metric.name).fullmatch(name)), None)
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"<[^>]+>", "[^/]+", re.escape(name)))
+
+
+def document() -> str:
+    """The text of docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "`metrics.jsonl` in the run folder has one flat row a learner step; `warmup.jsonl` one a warm-up update.",
+        "A value that does not apply or was not finite is `null`. This page is made from `cluster/metrics.py` by",
+        "`python -m cluster.metrics`.",
+    ]
+    for title, metrics in SECTIONS.items():
+        lines += ["", f"## {title}", "", "| name | what it is | unit | healthy | otherwise |"]
+        lines += ["|---|---|---|---|---|"]
+        lines += [
+            f"| `{m.name}` | {_cell(m.meaning)} | {_cell(m.unit)} | {_cell(m.healthy)} | {_cell(m.action)} |"
+            for m in metrics
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main() -> int:
+    """Write docs/metrics.md."""
+    path = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
+    path.write_text(document(), encoding="utf-8")
+    sys.stdout.write(f"wrote {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""What a user may set about monitoring (the `[monitor]` table). No heavy imports here."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rewards.settings import Settings
+
+
+class MonitorSettings(Settings):
+    """`[monitor]`: terminal, local files and Weights & Biases."""
+
+    console: Literal["auto", "live", "plain", "off"] = Field(
+        "auto", description="auto: a live display on a terminal, a line a step elsewhere."
+    )
+    samples_every: int = Field(
+        10, ge=0, description="Learner steps between samples kept for reading; 0: only before and after."
+    )
+    samples: int = Field(8, ge=1, description="Samples kept each time.")
+    wandb: Literal["auto", "offline", "online", "disabled"] = Field(
+        "auto", description="auto: online with WANDB_API_KEY or a login, offline without."
+    )
+    project: str = Field("headrace", min_length=1, description="W&B project.")
+    entity: str = Field("", description="W&B user or team; empty: your default.")
+    group: str = Field("", description="W&B group, for runs that belong together.")
+    tags: list[str] = Field(default_factory=list, description="W&B tags.")
+    start_timeout_s: float = Field(30, gt=0, description="Deadline for W&B to start, in seconds.")
+    finish_timeout_s: float = Field(
+        30, gt=0, description="Longest wait at the end for uploads to W&B, in seconds."
+    )

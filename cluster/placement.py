@@ -1,0 +1,190 @@
+"""Starts Ray and the actors of a job, each where its resources are.
+
+The only file of this package that starts Ray. On one machine a private Ray is used: loopback only, no
+dashboard, gone with the run.
+"""
+
+import asyncio
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from learner.worker import LearnerJob, LearnerWorker
+
+from actors.rollout import RolloutWorker
+from actors.scoring import ScoringWorker
+from cluster.config import JobConfig
+from cluster.remote import Remote
+
+_GIB = 1024**3
+_STOP_DEADLINE_S = 10.0
+
+
+class PlacementError(RuntimeError):
+    """The cluster lacks what the job asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a job asks Ray for in all."""
+
+    cores: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """The actors of a job."""
+
+    learners: list[Remote]
+    rollouts: list[Remote]
+    scorers: list[Remote]
+
+    async def stop(self) -> None:
+        """Ask every actor to clean up, briefly, then end its process whatever it is doing."""
+        workers = (*self.rollouts, *self.scorers, *self.learners)
+        await asyncio.gather(
+            *(worker.call("stop", seconds=_STOP_DEADLINE_S) for worker in workers), return_exceptions=True
+        )
+        for worker in workers:
+            worker.kill()
+
+
+def needed_resources(config: JobConfig, *, cuda: bool) -> Resources:
+    """Cores and GPUs that the job's actors ask for together."""
+    learner, rollout, scoring = config.learner, config.rollout, config.scoring
+    cores = learner.ranks * learner.cores + rollout.actors * rollout.cores + scoring.actors * scoring.cores
+    gpus = learner.ranks + rollout.actors * rollout.tensor_parallel + scoring.actors * scoring.gpus
+    return Resources(cores, gpus if cuda else 0)
+
+
+@contextmanager
+def ray_session(config: JobConfig, run_dir: Path) -> Iterator[bool]:
+    """Connect to Ray for a block of code; yields whether learner and rollouts are on CUDA.
+
+    Raises PlacementError, before any actor starts, if the cluster is too small.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = config.cluster.address
+    if address:
+        ray.init(address=address, namespace="headrace", log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        # A private Ray may promise more cores than there are: the actors then share them.
+        asked = needed_resources(config, cuda=False).cores
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(asked)),
+            object_store_memory=int(config.cluster.object_store_gib * _GIB),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="headrace",
+        )
+    try:
+        _link_logs(run_dir)
+        cuda = _use_cuda(config)
+        _check_resources(needed_resources(config, cuda=cuda))
+        yield cuda
+    finally:
+        ray.shutdown()
+
+
+def create_workers(config: JobConfig, job: LearnerJob, *, reference_path: Path, cuda: bool) -> Workers:
+    """Ask Ray for every actor of the job. Returns at once: `start` on each tells when it is there."""
+    device = "cuda" if cuda else "cpu"
+    learners = [
+        _actor(
+            LearnerWorker,
+            f"learner-{rank}",
+            {"num_cpus": config.learner.cores, "num_gpus": 1 if cuda else 0},
+            rank,
+            config.learner.ranks,
+            job,
+        )
+        for rank in range(config.learner.ranks)
+    ]
+    rollouts = [
+        _actor(
+            RolloutWorker,
+            name := f"rollout-{index}",
+            {
+                "num_cpus": config.rollout.cores,
+                "num_gpus": config.rollout.tensor_parallel if cuda else 0,
+                "max_concurrency": 4 * config.rollout.max_groups_in_flight,
+            },
+            name,
+            job.model_path,
+            config.rollout,
+            config.sync,
+            dtype=config.learner.precision,
+            max_length=job.max_length,
+            seed=config.run.seed + index,
+            device=device,
+        )
+        for index in range(config.rollout.actors)
+    ]
+    scorers = [
+        _actor(
+            ScoringWorker,
+            name := f"scoring-{index}",
+            {"num_cpus": config.scoring.cores, "num_gpus": config.scoring.gpus if cuda else 0},
+            name,
+            str(reference_path),
+            config.reward,
+            config.task,
+            config.scoring,
+            dtype=config.learner.precision,
+            attention=config.model.attention,
+            temperature=config.rollout.temperature,
+            micro_batch_tokens=config.learner.micro_batch_tokens,
+            chunk_tokens=config.learner.logprob_chunk_tokens,
+            device="cuda" if cuda and config.scoring.gpus > 0 else "cpu",
+        )
+        for index in range(config.scoring.actors)
+    ]
+    return Workers(learners, rollouts, scorers)
+
+
+def learner_job(config: JobConfig, prepared: Prepared, *, run_id: str) -> LearnerJob:
+    """What every learner rank is told of the job."""
+    raise NotImplementedError
+
+
+def _actor(worker_class: type, name: str, options: dict[str, Any], *args: Any, **kwargs: Any) -> Remote:
+    handle = ray.remote(worker_class).options(max_restarts=0, **options).remote(*args, **kwargs)
+    return Remote(name, handle)
+
+
+def _use_cuda(config: JobConfig) -> bool:
+    available = ray.cluster_resources().get("GPU", 0) > 0
+    if config.learner.device == "cuda" and not available:
+        raise PlacementError(
+            'learner.device = "cuda", but Ray sees no GPU; set it to "cpu" or "auto", or add GPU hosts'
+        )
+    return available and config.learner.device != "cpu"
+
+
+def _check_resources(needed: Resources) -> None:
+    have = ray.cluster_resources()
+    for what, asked in (("CPU", needed.cores), ("GPU", needed.gpus)):
+        if asked > have.get(what, 0):
+            raise PlacementError(
+                f"the job asks for {asked:g} {what}s, but the cluster has {have.get(what, 0):g}; lower "
+                "rollout.actors, scoring.actors or learner.ranks (or their cores), or add hosts"
+            )
+
+
+def _link_logs(run_dir: Path) -> None:
+    """Leave a link to Ray's own logs, the first place to look when an actor died."""
+    link = run_dir / "ray-logs"
+    link.unlink(missing_ok=True)
+    session_dir = ray._private.worker._global_node.get_session_dir_path() if ray.is_initialized() else None
+    if session_dir:
+        link.symlink_to(Path(session_dir) / "logs")

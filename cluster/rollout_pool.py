@@ -1,0 +1,94 @@
+"""The rollout actors as the controller sees them: what each is doing, and with which weights."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from actors.records import SampledGroup, SampleRequest, SyncProof, WeightUpdate
+from actors.settings import RolloutSettings, SyncSettings
+from cluster.remote import Remote
+
+_LIVENESS_EVERY_S = 10.0
+_LIVENESS_DEADLINE_S = 60.0
+
+
+@dataclass(slots=True)
+class RolloutActor:
+    """One actor: `version` is what it was last proved to hold, `in_flight` the groups it works on."""
+
+    remote: Remote
+    version: int = -1
+    in_flight: int = 0
+    idle_seconds: float = 0.0
+    _idle_since: float | None = field(default_factory=time.perf_counter)
+
+    def begin(self) -> None:
+        """A group was given to the actor."""
+        self.in_flight += 1
+        if self._idle_since is not None:
+            self.idle_seconds += time.perf_counter() - self._idle_since
+            self._idle_since = None
+
+    def end(self) -> None:
+        """A group came back, or was lost."""
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._idle_since = time.perf_counter()
+
+    def reset_idle(self) -> None:
+        """Count idle time from now on: before training there is nothing to do."""
+        self.idle_seconds = 0.0
+        self._idle_since = time.perf_counter() if self.in_flight == 0 else None
+
+
+class RolloutPool:
+    """All rollout actors of a job."""
+
+    def __init__(self, remotes: Sequence[Remote], rollout: RolloutSettings, sync: SyncSettings) -> None:
+        self.actors = [RolloutActor(remote) for remote in remotes]
+        self._rollout = rollout
+        self._sync = sync
+
+    async def start(self) -> None:
+        """Start every engine, side by side."""
+        deadline = self._rollout.start_timeout_s
+        await asyncio.gather(*(actor.remote.call("start", seconds=deadline) for actor in self.actors))
+
+    def by_load(self) -> list[RolloutActor]:
+        """The actors with a free slot, least busy first."""
+        limit = self._rollout.max_groups_in_flight
+        return sorted((a for a in self.actors if a.in_flight < limit), key=lambda actor: actor.in_flight)
+
+    async def sample(self, actor: RolloutActor, request: SampleRequest) -> SampledGroup:
+        """Have one group sampled; raises what `Remote.call` raises."""
+        actor.begin()
+        try:
+            # The engine keeps its own deadline and names the request; this one is for an actor that is stuck.
+            seconds = self._rollout.generate_timeout_s + 30
+            group: SampledGroup = await actor.remote.call("sample", request, seconds=seconds)
+            return group
+        finally:
+            actor.end()
+
+    async def load(self, actor: RolloutActor, update: WeightUpdate) -> SyncProof:
+        """Have one actor load and prove new weights."""
+        proof: SyncProof = await actor.remote.call("load_weights", update, seconds=self._sync.timeout_s + 30)
+        actor.version = proof.version
+        return proof
+
+    async def watch(self) -> None:
+        """Ask every actor whether it is alive, for ever; raises as soon as one is not."""
+        while True:
+            await asyncio.sleep(_LIVENESS_EVERY_S)
+            await asyncio.gather(
+                *(actor.remote.call("check", seconds=_LIVENESS_DEADLINE_S) for actor in self.actors)
+            )
+
+    def idle_fraction(self, wall_seconds: float) -> float:
+        """Share of `wall_seconds` in which an actor had nothing to do, mean over actors."""
+        now = time.perf_counter()
+        idle = sum(
+            a.idle_seconds + (now - a._idle_since if a._idle_since is not None else 0.0) for a in self.actors
+        )
+        return idle / (len(self.actors) * wall_seconds) if wall_seconds > 0 else 0.0

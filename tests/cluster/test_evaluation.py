@@ -1,0 +1,67 @@
+"""The paired gain and what an evaluation is made of, against hand-derived numbers."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from actors.records import Completion, Group, Prompt, RewardFailure, Trajectory
+from cluster.evaluation import Evaluation, EvaluationError, paired_gain, summarise
+
+
+def evaluation(rewards: dict[str, float]) -> Evaluation:
+    return Evaluation(0, rewards, [], 0, 0.0, 1.0)
+
+
+def test_gain_is_the_paired_t_interval() -> None:
+    # Differences .1, .2, .3: mean .2, s = .1, half width = t_{.975, 2}·s/√3 = 4.302653·.1/1.732051 = .248414.
+    gain = paired_gain(
+        evaluation({"a": 0.0, "b": 0.5, "c": 0.2}), evaluation({"a": 0.1, "b": 0.7, "c": 0.5, "d": 9.0})
+    )
+    assert gain.mean == pytest.approx(0.2)
+    assert gain.low == pytest.approx(0.2 - 0.248414, abs=1e-6)
+    assert gain.high == pytest.approx(0.2 + 0.248414, abs=1e-6)
+    assert gain.prompts == 3
+
+
+def test_gain_of_one_prompt_has_no_finite_interval() -> None:
+    gain = paired_gain(evaluation({"a": 0.0}), evaluation({"a": 1.0}))
+    assert (gain.mean, gain.low, gain.high) == (1.0, -math.inf, math.inf)
+
+
+def test_evaluations_without_a_common_prompt_cannot_be_compared() -> None:
+    with pytest.raises(EvaluationError, match="share no prompt"):
+        paired_gain(evaluation({"a": 0.0}), evaluation({"b": 1.0}))
+
+
+def group(name: str, rewards: list[float]) -> Group:
+    trajectories = tuple(
+        Trajectory(
+            Completion((5, 6), (-1.0, -2.0), (3, 3), f"text {reward}", "stop"), reward, {}, (-1.5, -2.0)
+        )
+        for reward in rewards
+    )
+    return Group(1, Prompt(name, (1,), f"prompt {name}"), trajectories, "rollout-0", 0.1, 0.1)
+
+
+def test_summary_averages_within_prompts_and_counts_what_failed() -> None:
+    failure = RewardFailure(2, "c", "exact", "raised")
+    result = summarise([group("a", [0.0, 1.0]), failure, group("b", [1.0, 1.0])], version=4)
+    assert result.rewards == {"a": 0.5, "b": 1.0}
+    assert result.mean == 0.75
+    assert result.reward_errors == 1
+    assert result.kl_per_sequence == pytest.approx(0.5)  # (−1 − 2) − (−1.5 − 2)
+    assert result.mean_length == 2
+    assert [s.completion for s in result.samples] == ["text 0.0", "text 1.0"]
+
+
+def test_no_scored_prompt_is_an_error_with_its_cause() -> None:
+    with pytest.raises(EvaluationError, match=r"'exact' on prompt c: raised"):
+        summarise([RewardFailure(2, "c", "exact", "raised")], version=0)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    result = summarise([group("a", [0.25])], version=2)
+    path = tmp_path / "evaluation.json"
+    path.write_text(result.to_json())
+    assert Evaluation.load(path) == result
