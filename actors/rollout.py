@@ -21,7 +21,7 @@ from actors.engine import EngineDied, EngineSpec, WatchedEngine, end_tokens, nod
 from actors.records import Completion, SampledGroup, SampleRequest, SyncProof, WeightUpdate
 from actors.settings import RolloutSettings, SyncSettings
 from actors.waits import DeadlineExceeded
-from actors.weight_files import SharedFolder, WeightFileError, host_id, local_file
+from actors.weight_files import SharedFolder, WeightFileError, host_id, local_file, remove_stale
 
 __all__ = ["ActorHealth", "DeadlineExceeded", "EngineDied", "EngineFacts", "RolloutWorker", "SyncRefused"]
 
@@ -115,7 +115,6 @@ class RolloutWorker:
         max_length: int,
         seed: int,
         device: str,
-        run_id: str = "run",
     ) -> None:
         """Keep the settings; `start` does the work.
 
@@ -128,7 +127,6 @@ class RolloutWorker:
             max_length: prompt plus response, in tokens.
             seed: of this engine; give every actor its own.
             device: `cpu` or `cuda`.
-            run_id: names the folder for weights fetched from another host.
         """
         if dtype not in DEFAULT_TOLERANCE:
             raise ValueError(f"dtype {dtype!r}: use one of {', '.join(DEFAULT_TOLERANCE)}")
@@ -137,7 +135,7 @@ class RolloutWorker:
             name, model_path, rollout, dtype, max_length, seed, device, _TRANSFER_ENGINES[backend]
         )
         self._name, self._rollout, self._sync, self._backend = name, rollout, sync, backend
-        self._spec, self._run_id = spec, run_id
+        self._spec = spec
         self._engine = WatchedEngine(spec)
         self._tolerance = probe_tolerance(sync, dtype)
         self._version: int = 0
@@ -295,7 +293,7 @@ class RolloutWorker:
         engine = self._engine
         try:
             path = await engine.guard(
-                asyncio.to_thread(local_file, update.payload, update.version, self._copy_folder, seconds),
+                asyncio.to_thread(local_file, update.payload, update.version, self._open_copies, seconds),
                 seconds,
                 f"the weight file of version {update.version}",
             )
@@ -311,9 +309,10 @@ class RolloutWorker:
             raise SyncRefused(f"{whom}: the engine refused the file: {error}") from error
         return path
 
-    def _copy_folder(self) -> SharedFolder:
+    def _open_copies(self, run_id: str) -> SharedFolder:
         if self._copies is None:
-            self._copies = SharedFolder(f"{self._run_id}-copies")
+            remove_stale()
+            self._copies = SharedFolder(f"{run_id}-copies")
         return self._copies
 
     async def _send(self, info: Mapping[str, Any]) -> None:

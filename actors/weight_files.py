@@ -136,16 +136,16 @@ def get_object(ref: Any, seconds: float) -> memoryview:
 def local_file(
     payload: Mapping[str, Any],
     version: int,
-    folder: Callable[[], SharedFolder],
+    open_copies: Callable[[str], SharedFolder],
     seconds: float,
     fetch: Callable[[Any, float], memoryview] = get_object,
 ) -> Path:
     """The verified weight file on this host: the learner's own, or a copy fetched once for the host.
 
     Args:
-        payload: `path, bytes, sha256, host, object_ref` of a `WeightUpdate` of backend `shared`.
+        payload: `run_id, path, bytes, sha256, host, object_ref` of a `WeightUpdate` of backend `shared`.
         version: the update's version.
-        folder: gives this host's folder for copies; called only where one is needed.
+        open_copies: gives a run's folder for copies on this host; called only where one is needed.
         seconds: deadline of the fetch.
         fetch: reads the object store.
     """
@@ -159,7 +159,7 @@ def local_file(
             f"{path} lies on host {payload['host']}, this is {host_id()}, and no copy was put into the "
             "object store: tell the publisher that some actors are on other hosts"
         )
-    own = folder()
+    own = open_copies(str(payload["run_id"]))
     copy = own.file(version)
     with own.exclusively("fetch"):
         if not copy.exists():
@@ -168,9 +168,9 @@ def local_file(
                 file.write(fetch(refs[0], seconds))
             partial.replace(copy)
             own.keep_last(2)
-    try:
-        verify(copy, size, sha256)
-    except WeightFileError:
-        copy.unlink(missing_ok=True)  # so that the next try fetches it again
-        raise
+        try:
+            verify(copy, size, sha256)
+        except WeightFileError:
+            copy.unlink(missing_ok=True)  # so that the next try fetches it again
+            raise
     return copy

@@ -28,8 +28,12 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
+
+from actors.ipc_handles import decode_update
 
 BACKEND = "headrace_shared"
+IPC_BACKEND = "headrace_ipc"
 OWNER_PID = "HEADRACE_ENGINE_OWNER_PID"
 _PR_SET_PDEATHSIG = 1
 
@@ -38,6 +42,7 @@ def register() -> None:
     """Register the backend once in this process, and tie the process's life to its actor's."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, __name__, "SharedWeightTransferEngine")
+        WeightTransferEngineFactory.register_engine(IPC_BACKEND, __name__, "PlainIPCWeightTransferEngine")
         owner = int(os.environ.get(OWNER_PID, "0"))
         if owner and owner != os.getpid():
             die_with(owner)
@@ -158,6 +163,14 @@ class SharedWeightTransferEngine(WeightTransferEngine[SharedInitInfo, SharedUpda
             # The reload fills the embedding and leaves the head's packed copy of it as it was.
             head.tie_weights(embedding)
             head.quant_method.process_weights_after_loading(head)
+
+
+class PlainIPCWeightTransferEngine(IPCWeightTransferEngine):
+    """vLLM's own `ipc` backend, fed with handles that need no unpickling. Not yet run on a GPU."""
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> IPCWeightTransferUpdateInfo:
+        """Handles as plain values become what vLLM expects."""
+        return super().parse_update_info(decode_update(update_dict))
 
 
 def header_shapes(path: str) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ that span several. Reading TOML and `--set` is in `cluster.config_file`.
 
 from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from actors.settings import RolloutSettings, ScoringSettings, SyncSettings
 from cluster.data_settings import DataSettings
@@ -14,6 +14,7 @@ from cluster.monitor_settings import MonitorSettings
 from cluster.scheduler import SchedulerSettings
 from cluster.scratch import check_shape
 from learner.settings import LearnerSettings, ModelSettings, OptimizerSettings, PPOSettings, WarmupSettings
+from rewards.build import check_rewards
 from rewards.settings import RewardSettings, Settings, TaskSettings
 
 
@@ -87,15 +88,6 @@ class JobConfig(Settings):
         """Optimizer updates of the whole run."""
         return self.run.steps * self.ppo.epochs * self.ppo.minibatches
 
-    @field_validator("reward")
-    @classmethod
-    def _labels_differ(cls, rewards: list[RewardSettings]) -> list[RewardSettings]:
-        labels = [reward.label for reward in rewards]
-        twice = {label for label in labels if labels.count(label) > 1}
-        if twice:
-            raise ValueError(f"two rewards are called {sorted(twice)[0]!r}: give each `[[reward]]` a `name`")
-        return rewards
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for rule in (*self._batch_rules(), *self._model_rules(), *self._data_rules()):
@@ -103,6 +95,7 @@ class JobConfig(Settings):
                 raise ContradictionError(rule.field, rule.value, rule.remedy)
         if self.model.scratch is not None:
             check_shape(self.model.scratch)
+        check_rewards(self.reward, self.task)
         return self
 
     def _batch_rules(self) -> list[_Rule]:
@@ -172,19 +165,12 @@ class JobConfig(Settings):
         ]
 
     def _data_rules(self) -> list[_Rule]:
-        needs_task = next((reward.label for reward in self.reward if reward.kind == "task"), None)
         return [
             _Rule(
                 (self.task is None) == (self.data is None),
                 "data",
                 None if self.data is None else self.data.train,
                 "give exactly one of [data] (your rows) and [task] (generated rows)",
-            ),
-            _Rule(
-                needs_task is not None and self.task is None,
-                "reward.kind",
-                "task",
-                f"needs a [task] table; for your own rows choose another kind for reward {needs_task!r}",
             ),
             _Rule(
                 self.warmup.steps > 0

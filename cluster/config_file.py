@@ -114,7 +114,9 @@ def _explain(detail: ErrorDetails) -> str:
     error = detail.get("ctx", {}).get("error")
     if isinstance(error, ContradictionError):
         return str(error)
-    what = str(error) if error is not None else detail["msg"]
+    if error is not None:
+        return f"{field}: {error}" if field else str(error)
+    what = detail["msg"]
     return f"{field} = {_short(value)}: {what[0].lower()}{what[1:]}; give a value of that kind"
 
 

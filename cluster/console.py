@@ -21,6 +21,7 @@ Row = Mapping[str, Value]
 _BARS = "▁▂▃▄▅▆▇█"
 _HISTORY = 240
 _RECENT_STEPS = 10  # over which the time left is estimated
+_NARROW = 40  # columns below which there is no bar
 _WIDE = 72  # columns from which two values stand side by side
 
 
@@ -119,7 +120,9 @@ class LiveConsole:
         grid.add_column(justify="right", no_wrap=True)
         bar = ProgressBar(total=max(progress.total, 1), completed=progress.done, complete_style="cyan")
         left = progress.time_left()
-        grid.add_row(progress.label(), bar if width >= 40 else "", f"{clock(left)} left" if left else "")
+        if width < _NARROW:
+            return Text(progress.label(), style="bold")
+        grid.add_row(progress.label(), bar, f"{clock(left)} left" if left else "")
         return grid
 
     def _table(self, width: int) -> RenderableType:
@@ -127,7 +130,7 @@ class LiveConsole:
         columns = 2 if width >= _WIDE else 1
         grid = Table.grid(padding=(0, 1), expand=True)
         for _ in range(columns):
-            grid.add_column(style="dim", no_wrap=True)
+            grid.add_column(style="dim", no_wrap=True, max_width=13)
             grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         for start in range(0, len(cells), columns):
             pairs = [*cells[start : start + columns], ("", Text(""))][:columns]

@@ -49,6 +49,19 @@ class Evaluation:
         """Mean over prompts."""
         return float(np.mean(list(self.rewards.values())))
 
+    def metrics(self) -> dict[str, float]:
+        """As values of a row of metrics."""
+        values = np.array(list(self.rewards.values()))
+        row = {
+            "heldout/reward": self.mean,
+            "heldout/kl_sequence": self.kl_per_sequence,
+            "heldout/response_tokens": self.mean_length,
+            "heldout/reward_errors": self.reward_errors,
+        }
+        if len(values) > 1:
+            row["heldout/reward_ci95"] = _half_width(values)
+        return row
+
     def to_json(self) -> str:
         """As JSON, for `load`."""
         return json.dumps(asdict(self), ensure_ascii=False, indent=1)
@@ -83,8 +96,14 @@ def paired_gain(before: Evaluation, after: Evaluation) -> Gain:
     mean = float(difference.mean())
     if len(common) < 2:
         return Gain(mean, -math.inf, math.inf, len(common))
-    half = float(stats.t.ppf(0.975, len(common) - 1) * difference.std(ddof=1) / math.sqrt(len(common)))
+    half = _half_width(difference)
     return Gain(mean, mean - half, mean + half, len(common))
+
+
+def _half_width(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+    """t_{.975, n−1}·s/√n, half of the 95 % interval of a mean of n ≥ 2 values."""
+    n = len(values)
+    return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
 
 
 async def evaluate(

@@ -2,10 +2,19 @@
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import ray
+
+from actors.packing import Pair
+from actors.records import Group, Prompt, WeightUpdate
+from actors.settings import RolloutSettings, SyncSettings
 from cluster.remote import Remote
+from learner.publish import RolloutSyncClient, resolve_backend
 from learner.settings import LearnerSettings
+
+_PROBE_TOKENS = 64  # of each probe sequence, at most
 
 
 class LearnerGroup:
@@ -20,3 +29,65 @@ class LearnerGroup:
         deadline = self._settings.step_timeout_s if seconds is None else seconds
         answers = await asyncio.gather(*(r.call(method, *args, seconds=deadline) for r in self._ranks))
         return answers[0]
+
+    async def start(self) -> None:
+        """Load the model on every rank and let them meet."""
+        deadline = self._settings.start_timeout_s
+        address, port = await self._ranks[0].call("rendezvous", seconds=deadline)
+        await self._all("start", address, port, seconds=deadline)
+
+    async def warm_up(self, batches: list[list[Pair]]) -> list[dict[str, float]]:
+        """One supervised update a batch; a row of metrics for each."""
+        rows: list[dict[str, float]] = await self._all("warmup_updates", ray.put(batches))
+        return rows
+
+    async def finish_warm_up(self, reference: Path) -> None:
+        """Reset the optimizer for reinforcement learning and save the policy as the frozen reference."""
+        await self._all("finish_warmup")
+        await self._all("export", str(reference))
+
+    async def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        await self._all("restore", str(folder))
+
+    async def open_publisher(
+        self,
+        rollouts: Sequence[Remote],
+        rollout: RolloutSettings,
+        sync: SyncSettings,
+        *,
+        run_id: str,
+        probe: list[tuple[int, ...]],
+        cuda: bool,
+        remote_hosts: bool,
+    ) -> None:
+        """Open the way by which weights reach the rollout actors."""
+        backend = resolve_backend(sync, "cuda" if cuda else "cpu", colocated=False)
+        transport: dict[str, Any] = {"remote_hosts": remote_hosts}
+        if backend != "shared":  # not yet run on a GPU
+            handles = {remote.name: remote.handle for remote in rollouts}
+            transport |= {
+                "client": RolloutSyncClient(handles, rollout.tensor_parallel, sync.timeout_s),
+                "engines": len(rollouts),
+                "workers_per_engine": rollout.tensor_parallel,
+            }
+        await self._all("open_publisher", backend, run_id, probe, transport)
+
+    async def publish(self, version: int) -> WeightUpdate:
+        """Gather the weights and send them out as `version`."""
+        update: WeightUpdate = await self._all("publish", version)
+        return update
+
+    async def step(self, groups: list[Group], version: int) -> dict[str, float]:
+        """One learner step on all groups."""
+        metrics: dict[str, float] = await self._all("step", ray.put(groups), version)
+        return metrics
+
+    async def save(self, folder: Path) -> None:
+        """Write everything that `restore` needs into `folder`, which all ranks must see."""
+        await self._all("save", str(folder))
+
+
+def probe_sequences(prompts: Sequence[Prompt], end_token: int, count: int) -> list[tuple[int, ...]]:
+    """The token sequences whose log-probabilities prove each weight sync: whole prompts and an end token."""
+    return [(*prompt.token_ids[: _PROBE_TOKENS - 1], end_token) for prompt in prompts[:count]]

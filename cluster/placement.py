@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from learner.worker import LearnerJob, LearnerWorker
 
 from actors.rollout import RolloutWorker
 from actors.scoring import ScoringWorker
 from cluster.config import JobConfig
+from cluster.prepare import Prepared
 from cluster.remote import Remote
+from learner.worker import LearnerJob, LearnerWorker
 
 _GIB = 1024**3
 _STOP_DEADLINE_S = 10.0
@@ -96,7 +97,9 @@ def ray_session(config: JobConfig, run_dir: Path) -> Iterator[bool]:
         ray.shutdown()
 
 
-def create_workers(config: JobConfig, job: LearnerJob, *, reference_path: Path, cuda: bool) -> Workers:
+def create_workers(
+    config: JobConfig, job: LearnerJob, *, reference_path: Path, run_id: str, cuda: bool
+) -> Workers:
     """Ask Ray for every actor of the job. Returns at once: `start` on each tells when it is there."""
     device = "cuda" if cuda else "cpu"
     learners = [
@@ -127,6 +130,7 @@ def create_workers(config: JobConfig, job: LearnerJob, *, reference_path: Path, 
             max_length=job.max_length,
             seed=config.run.seed + index,
             device=device,
+            run_id=run_id,
         )
         for index in range(config.rollout.actors)
     ]
@@ -146,15 +150,27 @@ def create_workers(config: JobConfig, job: LearnerJob, *, reference_path: Path, 
             micro_batch_tokens=config.learner.micro_batch_tokens,
             chunk_tokens=config.learner.logprob_chunk_tokens,
             device="cuda" if cuda and config.scoring.gpus > 0 else "cpu",
+            directory=str(Path.cwd()),
         )
         for index in range(config.scoring.actors)
     ]
     return Workers(learners, rollouts, scorers)
 
 
-def learner_job(config: JobConfig, prepared: Prepared, *, run_id: str) -> LearnerJob:
+def learner_job(config: JobConfig, prepared: Prepared) -> LearnerJob:
     """What every learner rank is told of the job."""
-    raise NotImplementedError
+    return LearnerJob(
+        model_path=str(prepared.model_path),
+        model=config.model,
+        learner=config.learner,
+        optimizer=config.optimizer,
+        ppo=config.ppo,
+        warmup=config.warmup,
+        temperature=config.rollout.temperature,
+        seed=config.run.seed,
+        total_updates=config.total_updates,
+        max_length=prepared.max_length,
+    )
 
 
 def _actor(worker_class: type, name: str, options: dict[str, Any], *args: Any, **kwargs: Any) -> Remote:

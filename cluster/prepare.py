@@ -13,9 +13,9 @@ from cluster.config import JobConfig
 from cluster.data import DataSettings, PromptData, Quarantine, load_demonstrations, load_prompts
 from cluster.data_files import Reading, read_rows
 from cluster.scratch import alphabet_of, build_scratch_model
+from rewards.build import build_reward, required_columns
 from rewards.tasks.registry import get_task
 
-_NEEDS_ANSWER = ("exact", "numeric")
 # Never pickled weights, and never code.
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -34,6 +34,7 @@ class Prepared:
 
 def prepare(config: JobConfig, run_dir: Path) -> Prepared:
     """Generate or read everything; raises ValueError with field, value and remedy."""
+    _try_rewards(config)
     inputs = run_dir / "inputs"
     inputs.mkdir(mode=0o700, exist_ok=True)
     data, demonstration_file = _data_settings(config, inputs)
@@ -49,7 +50,7 @@ def prepare(config: JobConfig, run_dir: Path) -> Prepared:
         max_heldout=config.run.evaluate_prompts,
         seed=config.run.seed,
         quarantine=quarantine,
-        required_columns=sorted({r.answer_column for r in config.reward if r.kind in _NEEDS_ANSWER}),
+        required_columns=sorted(required_columns(config.reward)),
     )
     demonstrations = (
         load_demonstrations(demonstration_file, tokenizer, max_length, quarantine=quarantine, settings=data)
@@ -57,6 +58,17 @@ def prepare(config: JobConfig, run_dir: Path) -> Prepared:
         else []
     )
     return Prepared(model_path, tokenizer, max_length, prompts, demonstrations, quarantine)
+
+
+def _try_rewards(config: JobConfig) -> None:
+    """Build the rewards once, so that a function that cannot be used is refused before anything starts."""
+    scoring = config.scoring
+    build_reward(
+        config.reward,
+        config.task,
+        timeout_s=scoring.reward_timeout_s,
+        memory_gib=scoring.reward_memory_gib,
+    ).close()
 
 
 def _data_settings(config: JobConfig, inputs: Path) -> tuple[DataSettings, str]:

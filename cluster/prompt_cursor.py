@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.packing import Pair
 from actors.records import Prompt
 
 
@@ -94,3 +95,18 @@ class PromptCursor:
         if not self._shuffle:
             return list(range(size))
         return [int(i) for i in np.random.default_rng([self._seed, epoch]).permutation(size)]
+
+
+def demonstration_batches(
+    demonstrations: Sequence[Pair], batch_size: int, count: int, seed: int
+) -> Iterator[list[Pair]]:
+    """`count` batches, each demonstration once an epoch in an order drawn from (seed, epoch)."""
+    size = min(batch_size, len(demonstrations))
+    order: list[int] = []
+    epoch = 0
+    for _ in range(count):
+        if len(order) < size:
+            order += [int(i) for i in np.random.default_rng([seed, epoch]).permutation(len(demonstrations))]
+            epoch += 1
+        yield [demonstrations[i] for i in order[:size]]
+        del order[:size]

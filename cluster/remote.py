@@ -21,7 +21,7 @@ class Remote:
 
     def __init__(self, name: str, handle: Any) -> None:
         self.name = name
-        self._handle = handle
+        self.handle = handle
 
     async def call(self, method: str, *args: Any, seconds: float) -> Any:
         """Await `method(*args)` on the actor.
@@ -29,7 +29,7 @@ class Remote:
         Raises DeadlineExceeded after `seconds`, WorkerLostError if the process died, and WorkerFailedError
         with the actor's own message if the call raised.
         """
-        reference = getattr(self._handle, method).remote(*args)
+        reference = getattr(self.handle, method).remote(*args)
         try:
             return await within(_result(reference), seconds, self.name, method)
         except RayActorError as error:
@@ -42,7 +42,7 @@ class Remote:
 
     def kill(self) -> None:
         """End the process at once, whatever it is doing."""
-        ray.kill(self._handle, no_restart=True)
+        ray.kill(self.handle, no_restart=True)
 
 
 async def _result(reference: Any) -> Any:

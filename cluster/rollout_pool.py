@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from actors.records import SampledGroup, SampleRequest, SyncProof, WeightUpdate
+from actors.rollout import EngineFacts
 from actors.settings import RolloutSettings, SyncSettings
 from cluster.remote import Remote
 
@@ -50,10 +51,13 @@ class RolloutPool:
         self._rollout = rollout
         self._sync = sync
 
-    async def start(self) -> None:
+    async def start(self) -> list[EngineFacts]:
         """Start every engine, side by side."""
-        deadline = self._rollout.start_timeout_s
-        await asyncio.gather(*(actor.remote.call("start", seconds=deadline) for actor in self.actors))
+        deadline = self._rollout.start_timeout_s + 30  # the engine's own deadline comes first
+        facts: list[EngineFacts] = await asyncio.gather(
+            *(actor.remote.call("start", seconds=deadline) for actor in self.actors)
+        )
+        return facts
 
     def by_load(self) -> list[RolloutActor]:
         """The actors with a free slot, least busy first."""

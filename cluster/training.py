@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 import time
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
@@ -13,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from actors.records import RewardFailure
+from actors.weight_files import host_id
 from cluster import checkpoint
 from cluster.config import JobConfig
 from cluster.controller import Controller, Hooks, StepReport, Totals
 from cluster.evaluation import Evaluation, evaluate, paired_gain
-from cluster.learner_group import LearnerGroup
+from cluster.learner_group import LearnerGroup, probe_sequences
 from cluster.monitor import Monitor, write_atomically
 from cluster.placement import create_workers, learner_job
 from cluster.prepare import Prepared
-from cluster.prompt_cursor import PromptCursor
+from cluster.prompt_cursor import PromptCursor, demonstration_batches
 from cluster.rollout_pool import RolloutPool
 from cluster.scheduler import Scheduler
 from cluster.scoring_pool import ScoringPool
@@ -48,14 +50,18 @@ class TrainingRun:
         self._after: Evaluation | None = None
         self._controller: Controller | None = None
         self._rollout_wait_fraction: float | None = None
+        self._last_row: dict[str, float] = {}
+        self._run_id = f"{config.run.name[:40]}-{uuid.uuid4().hex[:8]}"
+        self._cuda = False
 
     async def run(self, *, cuda: bool) -> bool:
         """Run to the end; true if a stop was asked for on the way."""
-        config = self.config
+        config, self._cuda = self.config, cuda
         workers = create_workers(
             config,
-            learner_job(config, self._prepared, run_id=self.run_dir.name),
+            learner_job(config, self._prepared),
             reference_path=self._reference_path(),
+            run_id=self._run_id,
             cuda=cuda,
         )
         learner = LearnerGroup(workers.learners, config.learner)
@@ -72,6 +78,7 @@ class TrainingRun:
                     if not controller.stopping:
                         await self._evaluate_after(rollouts, scoring)
         finally:
+            self._write_last_row()
             await workers.stop()
         return controller.stopping
 
@@ -87,26 +94,41 @@ class TrainingRun:
         """Engines start beside the learner and its warm-up; scoring needs the reference that this leaves."""
         self._monitor.event("starting the learner, the rollout engines and scoring")
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(rollouts.start())
+            engines = tasks.create_task(rollouts.start())
             await learner.start()
             await self._warm_up(learner)
             tasks.create_task(scoring.start(self.config.rollout.start_timeout_s))
         if self._resume_from is not None:
-            await learner.restore(self._resume_from)
+            await learner.restore(self._resume_from.resolve())
+        prepared, config = self._prepared, self.config
+        await learner.open_publisher(
+            [actor.remote for actor in rollouts.actors],
+            config.rollout,
+            config.sync,
+            run_id=self._run_id,
+            probe=probe_sequences(
+                prepared.prompts.train.prompts, prepared.tokenizer.eos_token_id, config.sync.probe_sequences
+            ),
+            cuda=self._cuda,
+            remote_hosts=len({host_id(), *(facts.host_id for facts in engines.result())}) > 1,
+        )
 
     async def _warm_up(self, learner: LearnerGroup) -> None:
         """Supervised fine-tuning on the demonstrations, then freeze what came of it as the reference."""
-        steps = self.config.warmup.steps
+        settings = self.config.warmup
         reference = self.run_dir / "reference"
-        if not steps or (self._resume_from is not None and reference.exists()):
+        if not settings.steps or (self._resume_from is not None and reference.exists()):
             return
-        await learner.load_demonstrations(self._prepared.demonstrations)
-        for first in range(0, steps, _WARMUP_SLICE):
-            rows = await learner.warm_up(first, min(first + _WARMUP_SLICE, steps))
-            for row in rows:
+        batches = list(
+            demonstration_batches(
+                self._prepared.demonstrations, settings.batch_size, settings.steps, self.config.run.seed
+            )
+        )
+        for first in range(0, settings.steps, _WARMUP_SLICE):
+            for row in await learner.warm_up(batches[first : first + _WARMUP_SLICE]):
                 self._monitor.warmup(row)
         await learner.finish_warm_up(reference.resolve())
-        self._monitor.event(f"warmed up on demonstrations: {steps} updates, saved as the reference")
+        self._monitor.event(f"warmed up with {settings.steps} updates; the result is the frozen reference")
 
     def _make_controller(
         self, learner: LearnerGroup, rollouts: RolloutPool, scoring: ScoringPool
@@ -150,7 +172,11 @@ class TrainingRun:
             await self._on_checkpoint(step)
 
     def _on_step(self, report: StepReport) -> None:
-        self._monitor.step({"learner_step": report.step} | report.row)
+        row = report.row | {"learner_step": float(report.step)}
+        if report.step == self.config.run.steps:
+            self._last_row = row  # it waits for the held-out reward
+        else:
+            self._monitor.step(row)
         every = self.config.monitor.samples_every
         if every and report.step % every == 0:
             rows = [
@@ -166,6 +192,11 @@ class TrainingRun:
                 for trajectory in group.trajectories[:1]
             ]
             self._monitor.samples(report.step, rows)
+
+    def _write_last_row(self) -> None:
+        if self._last_row:
+            self._monitor.step(self._last_row)
+            self._last_row = {}
 
     def _on_reward_error(self, failure: RewardFailure) -> None:
         self._monitor.event(
@@ -221,10 +252,13 @@ class TrainingRun:
             return
         self._before = await self._evaluate(rollouts, scoring, "before")
         write_atomically(path, self._before.to_json())
+        self._monitor.step(self._before.metrics() | {"learner_step": self._before.version})
 
     async def _evaluate_after(self, rollouts: RolloutPool, scoring: ScoringPool) -> None:
         self._after = await self._evaluate(rollouts, scoring, "after")
         write_atomically(self.run_dir / _EVALUATION_AFTER, self._after.to_json())
+        self._last_row |= self._after.metrics()
+        self._write_last_row()
 
     # ---- the end -------------------------------------------------------------------------------------------
 

@@ -75,6 +75,7 @@ class WandbCopy:
         if self._run is None and self.mode == "online":
             self.mode = "offline"
             with self._guarded("start offline"):
+                _forget_failed_start()
                 self._run = self._start(run_dir, settings, config, self.mode)
 
     def _start(self, run_dir: Path, settings: MonitorSettings, config: Mapping[str, Any], mode: Mode) -> Any:
@@ -155,6 +156,13 @@ class WandbCopy:
                         "files have everything, and further failures are only counted (monitor/wandb_errors)"
                     )
                 )
+
+
+def _forget_failed_start() -> None:
+    """End wandb's service process, which still holds the run's id; the next start makes a new one."""
+    import wandb
+
+    wandb.teardown()
 
 
 def _cell(value: Any) -> Any:

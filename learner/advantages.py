@@ -69,9 +69,8 @@ def whiten(values: Tensor, mask: Tensor, total: Tensor, *, shift_mean: bool) -> 
     return torch.where(mask, scaled, torch.zeros_like(scaled))
 
 
-def explained_variance(sums: Tensor) -> float:
-    """1 − Var(R − V)/Var(R) from (5,) sums: count, ΣR, ΣR², Σ(R−V), Σ(R−V)². 0 for constant returns."""
-    count, returns, returns_squared, errors, errors_squared = (float(x) for x in sums)
-    variance = returns_squared / count - (returns / count) ** 2
-    error_variance = errors_squared / count - (errors / count) ** 2
-    return 1.0 - error_variance / variance if variance > 1e-12 else 0.0
+def explained_variance(returns: Tensor, errors: Tensor) -> float:
+    """1 − Var(R − V)/Var(R) from the `moments` of R and of R − V; 0 where the returns are all the same."""
+    _, spread = mean_and_std(returns)
+    _, error = mean_and_std(errors)
+    return 1.0 - (error / spread) ** 2 if spread > 1e-6 else 0.0

@@ -12,6 +12,7 @@ What differs from DeepSpeed's own conventions:
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +35,7 @@ class NonFiniteGradientError(RuntimeError):
 def start_process_group(
     *, rank: int, world_size: int, address: str, port: int, device: str, timeout_s: float
 ) -> None:
-    """Join this process to the learner's group: gloo on CPU, nccl on CUDA. Blocks until all ranks are here."""
+    """Join this process to the learner's group, gloo on CPU and nccl on CUDA; returns once all are in it."""
     os.environ.update(
         DS_ACCELERATOR=device,
         MASTER_ADDR=address,
@@ -44,15 +45,16 @@ def start_process_group(
         LOCAL_RANK="0",  # a Ray actor sees its own GPU only
     )
     deepspeed = _deepspeed()
-    deepspeed.init_distributed(
-        dist_backend="gloo" if device == "cpu" else "nccl",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout_s),
-        init_method=f"tcp://{address}:{port}",
-        rank=rank,
-        world_size=world_size,
-    )
+    with _quiet():
+        deepspeed.init_distributed(
+            dist_backend="gloo" if device == "cpu" else "nccl",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_s),
+            init_method=f"tcp://{address}:{port}",
+            rank=rank,
+            world_size=world_size,
+        )
 
 
 def stop_process_group() -> None:
@@ -66,6 +68,12 @@ def all_reduce(values: Tensor, *, maximum: bool = False) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
     return values
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
 
 
 class TrainingEngine:
@@ -116,10 +124,10 @@ class TrainingEngine:
         """The trained module itself."""
         return self._engine.module
 
-    def forward(self, batch: MicroBatch) -> Any:
+    def forward(self, batch: MicroBatch, **options: Any) -> Any:
         """What the module answers for a micro-batch."""
         batch = batch.to(self.device)
-        return self._engine(batch.input_ids, batch.position_ids, batch.positions, batch.targets)
+        return self._engine(batch.input_ids, batch.position_ids, batch.positions, batch.targets, **options)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`; with the `last` micro-batch of an update, exchange it between ranks."""
@@ -214,8 +222,9 @@ class TrainingEngine:
 
 def _deepspeed() -> Any:
     """Import DeepSpeed without its messages: they come from its loggers and, in places, from print."""
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     with _quiet():
         import deepspeed
         from deepspeed.utils import logger

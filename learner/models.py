@@ -37,14 +37,14 @@ class OutputHead(nn.Module):
         self._entropy_gradient = entropy_gradient
         self._transform = LogitTransform.of(model)
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, targets: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies, both (N,), from (N, H) hidden states."""
         return chunked_logprobs(
             hidden,
             self.weight,
             self.bias,
             targets,
-            temperature=self._temperature,
+            temperature=self._temperature if temperature is None else temperature,
             chunk_tokens=self._chunk_tokens,
             transform=self._transform,
             entropy_gradient=self._entropy_gradient,
@@ -79,11 +79,20 @@ class Policy(nn.Module):
         self.value_head = zero_value_head(model) if with_value_head else None
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, positions: Tensor, targets: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-probabilities, entropies, values), each (N,) float32; values are 0 without a value head."""
+        """(log-probabilities, entropies, values), each (N,) float32; values are 0 without a value head.
+
+        `temperature` is the sampling temperature unless another one is given.
+        """
         hidden = last_hidden(self.model.base_model, input_ids, position_ids, positions)
-        logprobs, entropies = self.head(hidden, targets)
+        logprobs, entropies = self.head(hidden, targets, temperature)
         if self.value_head is None:
             return logprobs, entropies, torch.zeros_like(logprobs)
         return logprobs, entropies, self.value_head(hidden).squeeze(-1).float()

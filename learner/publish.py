@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from actors.ipc_handles import encode_update
 from actors.records import WeightUpdate
 from actors.settings import SyncSettings
 from actors.weight_files import SHARED_MEMORY, SharedFolder, host_id, remove_stale
@@ -159,6 +160,7 @@ class SharedFiles:
 
     def __init__(self, stream: ParameterStream, run_id: str, rank: int, remote: bool, root: Path) -> None:
         self._stream, self._rank, self._remote = stream, rank, remote
+        self._run_id = run_id
         self._refs: list[Any] = []
         self._folder: SharedFolder | None = None
         if rank == 0:
@@ -176,7 +178,14 @@ class SharedFiles:
         size, sha256 = write_safetensors(path, metadata, self._stream)
         self._folder.keep_last(2)
         refs = [self._put(path)] if self._remote else None
-        return {"path": str(path), "bytes": size, "sha256": sha256, "host": host_id(), "object_ref": refs}
+        return {
+            "run_id": self._run_id,
+            "path": str(path),
+            "bytes": size,
+            "sha256": sha256,
+            "host": host_id(),
+            "object_ref": refs,
+        }
 
     def _put(self, path: Path) -> Any:
         import numpy as np
@@ -242,6 +251,8 @@ class RolloutSyncClient:
 
     def update_weights(self, update_info: Any) -> None:
         """Let every actor receive a chunk."""
+        if "ipc_handles" in update_info:
+            update_info = encode_update(update_info)
         self._call("update_weights", dict.fromkeys(self._actors, (update_info,)))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

@@ -10,6 +10,7 @@ input and output; the originals then point elsewhere, so that printing cannot ga
     child:  {"id": n, "result": ...} | {"id": n, "error": text}
 """
 
+import errno
 import fcntl
 import importlib
 import importlib.util
@@ -236,7 +237,7 @@ def describe(error: BaseException) -> str:
     if frames:
         last = frames[-1]
         text += f" (line {last.lineno} of {last.filename}, in {last.name}: {last.line})"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         text += "; it may need more than scoring.reward_memory_gib allows"
     return text
 

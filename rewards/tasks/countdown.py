@@ -100,6 +100,10 @@ class CountdownTask:
         """1.0, 0.1 or 0.0, as the module's text says."""
         numbers = column(row, "numbers", (list, tuple))
         target = column(row, "target", int)
+        if not all(isinstance(number, int) for number in numbers):
+            raise ValueError(
+                f"the row's column 'numbers' is {numbers!r:.80}: it is not a list of whole numbers"
+            )
         text = expression_text(completion, finished)
         if text is None:
             return 0.0
@@ -219,10 +223,7 @@ def _join(left: Solution, operator: str, right: Solution) -> str:
     tight = operator in ("*", "/")
     if tight and left.operator in ("+", "-"):
         first = f"({first})"
-    binds_looser = tight and right.operator in ("+", "-")
-    regroups = (operator == "-" and right.operator in ("+", "-")) or (
-        operator == "/" and right.operator != ""
-    )
-    if binds_looser or regroups:
+    right_is_sum = right.operator in ("+", "-")
+    if (right_is_sum and operator != "+") or (right.operator and operator == "/"):
         second = f"({second})"
     return f"{first}{operator}{second}"

@@ -58,7 +58,9 @@ def save_model(folder: Path, kind: str = "llama", *, tied: bool = False, seed: i
     torch.manual_seed(seed)
     ids = {"eos_token_id": END, "pad_token_id": 0, "bos_token_id": None, "tie_word_embeddings": tied}
     if kind == "gpt2":
-        config = GPT2Config(VOCAB, n_positions=256, n_embd=64, n_layer=2, n_head=2, initializer_range=0.3, **ids)
+        config = GPT2Config(
+            vocab_size=VOCAB, n_positions=256, n_embd=64, n_layer=2, n_head=2, initializer_range=0.3, **ids
+        )
         model = GPT2LMHeadModel(config)
     else:
         shape = {
@@ -77,6 +79,40 @@ def save_model(folder: Path, kind: str = "llama", *, tied: bool = False, seed: i
             model = Qwen2ForCausalLM(Qwen2Config(**shape, **ids))
     model.eval().save_pretrained(folder)
     return model
+
+
+def make_worker(
+    folder: Path, name: str = "rollout-0", *, sync: dict[str, Any] | None = None, **rollout: Any
+) -> Any:
+    """A worker with small limits on a model folder."""
+    from actors.rollout import RolloutWorker
+    from actors.settings import RolloutSettings, SyncSettings
+
+    settings = RolloutSettings(
+        **{"kv_cache_gib": 0.05, "max_num_seqs": 64, "start_timeout_s": 180.0} | rollout
+    )
+    return RolloutWorker(
+        name,
+        str(folder),
+        settings,
+        SyncSettings(**(sync or {})),
+        dtype="float32",
+        max_length=256,
+        seed=1,
+        device="cpu",
+    )
+
+
+def request(group_id: int, *ids: int, size: int = 4, new: int = 16, temperature: float = 1.0) -> Any:
+    """A request for samples of a prompt of those tokens."""
+    from actors.records import Prompt, SampleRequest
+
+    return SampleRequest(group_id, Prompt(f"train:{group_id}", ids, "text"), size, new, temperature)
+
+
+def probe_of(model: Any) -> tuple[tuple[tuple[int, ...], ...], list[list[float]]]:
+    """The probe's sequences and the model's log-probabilities of them."""
+    return PROBE, [logprobs(model, ids) for ids in PROBE]
 
 
 @torch.no_grad()

@@ -76,12 +76,12 @@ def test_a_refusal_names_field_value_and_remedy(override: str, said: list[str]) 
 
 
 def test_two_rewards_of_one_name_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"two rewards are called 'task'.*give each"):
+    with pytest.raises(ConfigError, match=r"reward.name = 'task' is used twice; give each"):
         parse_config(GOOD + '[[reward]]\nkind = "task"\n')
 
 
 def test_ipc_weights_on_a_cpu_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r'sync.backend = \'nccl\'.*"shared"'):
+    with pytest.raises(ConfigError, match=r"sync\.backend = 'nccl'.*\"shared\""):
         parse_config(GOOD, ["learner.device=cpu", "sync.backend=nccl"])
 
 

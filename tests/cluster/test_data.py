@@ -240,7 +240,7 @@ def test_a_hub_name_that_the_hub_does_not_give_is_a_quick_error(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data_files, "HUB_TIMEOUT_S", 3.0)
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE=1.*local cache") as error:
+    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE=1.*local cache") as error:
         load(tmp_path, tokenizer, "headrace-tests/no-such-dataset")
     assert "data.train = 'headrace-tests/no-such-dataset'" in str(error.value)
 
@@ -266,7 +266,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 
 @pytest.mark.parametrize(
-    ("value", "settings", "rendered", "text"),
+    "case",
     [
         ("hi", {}, "<|user|>hi<|assistant|>", "hi"),
         ("hi", {"apply_chat_template": "always"}, "<|user|>hi<|assistant|>", "hi"),
@@ -282,8 +282,9 @@ USER = [{"role": "user", "content": "hi"}]
     ],
 )
 def test_chat_templates(
-    value: Any, settings: dict[str, Any], rendered: str | None, text: str, tmp_path: Path, chat_tokenizer: Any
+    case: tuple[Any, dict[str, Any], str | None, str], tmp_path: Path, chat_tokenizer: Any
 ) -> None:
+    value, settings, rendered, text = case
     prompt = one(tmp_path, chat_tokenizer, {"prompt": value}, **settings)
     assert prompt.text == text
     if rendered is None:  # the text as it is, with the tokenizer's BOS
@@ -309,7 +310,7 @@ def test_a_row_that_the_template_refuses_is_put_aside(tmp_path: Path) -> None:
 
 def test_always_needs_a_template(tmp_path: Path, tokenizer: Any) -> None:
     file = write(tmp_path / "d.jsonl", list(GOOD))
-    with pytest.raises(ValueError, match='apply_chat_template = "always".*no chat template'):
+    with pytest.raises(ValueError, match=r'apply_chat_template = "always".*no chat template'):
         load(tmp_path, tokenizer, file, apply_chat_template="always")
 
 

@@ -19,7 +19,7 @@ def free_port() -> int:
 
 
 def _child(
-    function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any
+    results: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, *args: Any
 ) -> None:
     try:
         torch.set_num_threads(1)
@@ -28,7 +28,7 @@ def _child(
         )
         results.put((rank, function(rank, world_size, *args), None))
         stop_process_group()
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - reported to the parent, whatever it is
         results.put((rank, None, traceback.format_exc()))
 
 
@@ -41,7 +41,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     results: Any = context.Queue()
     port = free_port()
     children = [
-        context.Process(target=_child, args=(function, rank, world_size, port, args, results), daemon=True)
+        context.Process(target=_child, args=(results, function, rank, world_size, port, *args), daemon=True)
         for rank in range(world_size)
     ]
     answers: dict[int, Any] = {}

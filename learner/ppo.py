@@ -1,0 +1,313 @@
+"""One PPO step: old log-probabilities and values, rewards and advantages, then the updates.
+
+    samples ─ this rank's share ─ packed forward, no gradient ─► log π_old, V_old
+      ─► r_t = −β·k1 + R ─► GAE ─► whitening (over all ranks)
+      ─► epochs × minibatches: packed micro-batches ─► losses / global token count ─► one update each
+
+All ranks run the same number of forward and backward passes; a rank that has run out of micro-batches runs
+a dummy at weight 0.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from actors.packing import MicroBatch, pack
+from learner import advantages as adv
+from learner.batch import (
+    Sample,
+    Share,
+    assign_owners,
+    make_share,
+    plan_minibatches,
+    sample_metrics,
+    scatter_padded,
+)
+from learner.corrections import mismatch_metrics, mismatch_sums, truncated_weights
+from learner.engine import TrainingEngine, all_reduce
+from learner.kl import KLController, k1, k3
+from learner.objectives import entropy_bonus, policy_loss, value_loss
+from learner.settings import PPOSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the updates of a step are computed from, all (B, T) on this rank."""
+
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over the updates of a step on this rank, added up over ranks once at the end."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    ratio_max: float = 0.0
+    first_ratio_deviation: float = 0.0
+    grad_norms: list[float] = field(default_factory=list)
+    critic_grad_norms: list[float] = field(default_factory=list)
+    real_tokens: int = 0
+    computed_tokens: int = 0
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        """Add one micro-batch's sums."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def count(self, batches: Sequence[MicroBatch]) -> None:
+        """Count what these micro-batches compute."""
+        self.real_tokens += sum(batch.real_tokens for batch in batches)
+        self.computed_tokens += sum(batch.total_tokens for batch in batches)
+
+
+LOSS_KEYS = (
+    "loss/policy",
+    "loss/value",
+    "loss/total",
+    "policy/entropy",
+    "ppo/clip_fraction",
+    "ppo/approx_kl",
+    "ppo/ratio_mean",
+    "ppo/value_clip_fraction",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PPO:
+    """The step, given the engines and the settings; it keeps nothing between steps."""
+
+    policy: TrainingEngine
+    critic: TrainingEngine | None
+    settings: PPOSettings
+    micro_batch_tokens: int
+    rank: int
+    ranks: int
+
+    def step(
+        self,
+        samples: Sequence[Sample],
+        *,
+        controller: KLController,
+        seed: int,
+        rates: Sequence[tuple[float, float]],
+    ) -> dict[str, float]:
+        """Train on the samples of all ranks; `rates` has a learning rate (policy, critic) for each update."""
+        started = time.perf_counter()
+        lengths = [sample.length for sample in samples]
+        plan = plan_minibatches(
+            len(samples), epochs=self.settings.epochs, minibatches=self.settings.minibatches, seed=seed
+        )
+        owner = assign_owners(lengths, plan[0], self.ranks)
+        mine = [index for index in range(len(samples)) if owner[index] == self.rank]
+        place = {index: number for number, index in enumerate(mine)}
+        share = make_share([samples[index] for index in mine])
+        totals = Totals()
+        targets, metrics = self._prepare(share, controller, len(samples), totals)
+        prepared = time.perf_counter()
+        minibatches = [members for epoch in plan for members in epoch]
+        for update, (members, rate) in enumerate(zip(minibatches, rates, strict=True)):
+            tokens = sum(len(samples[index].response) for index in members)
+            local = [place[index] for index in members if index in place]
+            self._update(share, local, targets, totals, tokens=tokens, rate=rate, first=update == 0)
+        metrics |= sample_metrics(samples) | self._reduce(totals, len(minibatches))
+        metrics["optimizer/lr"] = rates[-1][0]
+        if self.critic is not None:
+            metrics["optimizer/critic_lr"] = rates[-1][1]
+        metrics["timing_s/old_logprobs"] = prepared - started
+        metrics["timing_s/updates"] = time.perf_counter() - prepared
+        return metrics
+
+    # --- Before the updates ------------------------------------------------------------------------------
+
+    def _prepare(
+        self, share: Share, controller: KLController, samples: int, totals: Totals
+    ) -> tuple[Targets, dict[str, float]]:
+        """Everything that stays fixed during the updates, and what there is to say about it."""
+        settings = self.settings
+        old_logprobs, old_values = self._score(share, totals)
+        deltas = torch.where(share.mask, k1(old_logprobs, share.reference_logprobs), 0.0)
+        rewards = adv.token_rewards(share.rewards, deltas, share.mask, kl_coef=controller.coef)
+        if settings.whiten_rewards:
+            spread = self._moments(rewards, share.mask)
+            rewards = adv.whiten(rewards, share.mask, spread, shift_mean=False)
+        advantages, returns = adv.generalised_advantages(
+            rewards, old_values, share.mask, gamma=settings.gamma, lam=settings.gae_lambda
+        )
+        advantage_moments = self._moments(advantages, share.mask)
+        whitened = advantages
+        if settings.whiten_advantages:
+            whitened = adv.whiten(advantages, share.mask, advantage_moments, shift_mean=True)
+        trusted = share.trusted
+        weights, raw = truncated_weights(old_logprobs, share.sampler_logprobs, cap=settings.importance_cap)
+        mismatch = mismatch_sums(
+            old_logprobs[trusted], share.sampler_logprobs[trusted], raw[trusted], cap=settings.importance_cap
+        )
+        kl_sums = torch.stack(
+            [
+                deltas.double().sum(),
+                torch.where(share.mask, k3(old_logprobs, share.reference_logprobs), 0.0).double().sum(),
+                share.mask.sum().double(),
+                (share.mask & ~trusted).sum().double(),
+            ]
+        )
+        k1_sum, k3_sum, tokens, distrusted = self._sum(kl_sums).tolist()
+        return_moments = self._moments(returns, share.mask)
+        value_moments = self._moments(old_values, share.mask)
+        error_moments = self._moments(returns - old_values, share.mask)
+        metrics = {
+            "kl/sequence": k1_sum / samples,
+            "kl/token": k1_sum / tokens,
+            "kl/token_k3": k3_sum / tokens,
+            "kl/coef": controller.coef,
+            "kl/penalty": controller.coef * k1_sum / samples,
+            "value/explained_variance": adv.explained_variance(return_moments, error_moments),
+            "value/mean": adv.mean_and_std(value_moments)[0],
+            "mismatch/nonfinite_tokens": distrusted,
+        }
+        for name, moments in (("advantage", advantage_moments), ("return", return_moments)):
+            metrics[f"{name}/mean"], metrics[f"{name}/std"] = adv.mean_and_std(moments)
+        metrics |= mismatch_metrics(self._sum(mismatch))
+        # A token that the sampler's log-probability says nothing about has no weight.
+        weights = torch.where(trusted, weights, 0.0)
+        return Targets(old_logprobs, old_values, whitened, returns, weights), metrics
+
+    @torch.no_grad()
+    def _score(self, share: Share, totals: Totals) -> tuple[Tensor, Tensor]:
+        """log π_old and V_old of this rank's samples, both (B, T)."""
+        batches = self._pack([sample.pair for sample in share.samples])
+        totals.count(batches)
+        logprobs: list[Tensor] = []
+        values: list[Tensor] = []
+        for batch in self.policy.in_step(batches):
+            used = batch or self.policy.dummy_micro_batch()
+            logprob, _, value = self.policy.forward(used)
+            if self.critic is not None:
+                value = self.critic.forward(used)
+            if batch is not None:
+                logprobs.append(logprob)
+                values.append(value)
+        return (
+            scatter_padded(batches, logprobs, share.mask),
+            scatter_padded(batches, values, share.mask),
+        )
+
+    def _moments(self, values: Tensor, mask: Tensor) -> Tensor:
+        return self._sum(adv.moments(values, mask))
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, on the CPU."""
+        return all_reduce(values.to(self.policy.device)).cpu()
+
+    # --- Updates -----------------------------------------------------------------------------------------
+
+    def _update(
+        self,
+        share: Share,
+        members: Sequence[int],
+        targets: Targets,
+        totals: Totals,
+        *,
+        tokens: int,
+        rate: tuple[float, float],
+        first: bool,
+    ) -> None:
+        """One optimizer update from the samples `members` of this rank and those of the other ranks.
+
+        `tokens` is the number of response tokens in the minibatch over all ranks.
+        """
+        batches = self._pack([share.samples[index].pair for index in members])
+        totals.count(batches)
+        padded = self.policy.in_step(batches)
+        rows = torch.tensor(members, dtype=torch.long)
+        for number, batch in enumerate(padded):
+            last = number == len(padded) - 1
+            if batch is None:
+                self._dummy(last=last)
+                continue
+            chosen = (rows[batch.sequence], batch.offset)
+            self._micro_batch(batch, targets, chosen, totals, tokens=tokens, last=last, first=first)
+        totals.grad_norms.append(self.policy.step(rate[0]))
+        if self.critic is not None:
+            totals.critic_grad_norms.append(self.critic.step(rate[1]))
+
+    def _micro_batch(
+        self,
+        batch: MicroBatch,
+        targets: Targets,
+        chosen: tuple[Tensor, Tensor],
+        totals: Totals,
+        *,
+        tokens: int,
+        last: bool,
+        first: bool,
+    ) -> None:
+        """Losses and gradients of one micro-batch; `chosen` are its tokens' places in the (B, T) tensors."""
+        settings, device = self.settings, self.policy.device
+        old_logprobs = targets.old_logprobs[chosen].to(device)
+        logprobs, entropies, values = self.policy.forward(batch)
+        loss, sums = policy_loss(
+            logprobs,
+            old_logprobs,
+            targets.advantages[chosen].to(device),
+            targets.weights[chosen].to(device),
+            clip=settings.clip,
+            dual_clip=settings.dual_clip,
+            count=tokens,
+        )
+        bonus, entropy_sums = entropy_bonus(entropies, count=tokens)
+        if settings.entropy_coef:
+            loss = loss + settings.entropy_coef * bonus
+        if self.critic is not None:
+            values = self.critic.forward(batch)
+        worth, value_sums = value_loss(
+            values,
+            targets.old_values[chosen].to(device),
+            targets.returns[chosen].to(device),
+            clip=settings.clip_value,
+            count=tokens,
+        )
+        if self.critic is not None:
+            self.critic.backward(worth, last=last)
+            total = loss
+        else:
+            total = loss + settings.value_coef * worth
+        self.policy.backward(total, last=last)
+        totals.add(sums | entropy_sums | value_sums | {"loss/total": total.detach()})
+        ratio = (logprobs.detach() - old_logprobs).exp()
+        totals.ratio_max = max(totals.ratio_max, float(ratio.max()))
+        if first:
+            deviation = float((ratio - 1.0).abs().max())
+            totals.first_ratio_deviation = max(totals.first_ratio_deviation, deviation)
+
+    def _dummy(self, *, last: bool) -> None:
+        """A pass that changes no gradient, to keep this rank's collectives in step with the others'."""
+        batch = self.policy.dummy_micro_batch()
+        logprobs, _, values = self.policy.forward(batch)
+        if self.critic is not None:
+            self.critic.backward(0.0 * self.critic.forward(batch).sum(), last=last)
+        self.policy.backward(0.0 * (logprobs.sum() + values.sum()), last=last)
+
+    def _pack(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[MicroBatch]:
+        return pack(pairs, micro_batch_tokens=self.micro_batch_tokens) if pairs else []
+
+    def _reduce(self, totals: Totals, updates: int) -> dict[str, float]:
+        """Means over the updates of a step, over all ranks."""
+        local = [totals.sums.get(key, 0.0) for key in LOSS_KEYS]
+        local += [float(totals.real_tokens), float(totals.computed_tokens)]
+        *sums, real, computed = self._sum(torch.tensor(local, dtype=torch.float64)).tolist()
+        extremes = torch.tensor([totals.ratio_max, totals.first_ratio_deviation], dtype=torch.float64)
+        all_reduce(on_device := extremes.to(self.policy.device), maximum=True)
+        metrics = {key: value / updates for key, value in zip(LOSS_KEYS, sums, strict=True)}
+        metrics["ppo/ratio_max"], metrics["ppo/first_ratio_deviation"] = on_device.tolist()
+        metrics["perf/padding_fraction"] = 1.0 - real / computed
+        metrics["optimizer/grad_norm"] = sum(totals.grad_norms) / updates
+        if totals.critic_grad_norms:
+            metrics["optimizer/critic_grad_norm"] = sum(totals.critic_grad_norms) / updates
+        return metrics

@@ -1,0 +1,246 @@
+"""The report: every picture where there is data, nothing raw from a model, and any state of a run folder."""
+
+import base64
+import html
+import json
+import math
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from cluster.figures import draw_all, moving_mean
+from cluster.report import write_report
+from cluster.report_data import load_run
+
+EVIL = "<script>alert('pwned')</script><img src=x onerror=alert(1)>"
+ALL = ["reward", "kl", "length", "entropy", "lag", "timing", "waits", "proof", "mismatch", "warmup"]
+CONFIG = """
+objective = "ppo"
+[run]
+steps = 60
+batch_size = 256
+seed = 3
+[model.scratch]
+hidden_size = 128
+layers = 4
+[task]
+kind = "reversal"
+hub_token = "hf-canary-0123456789"
+[[reward]]
+kind = "task"
+weight = 1.0
+[rollout]
+max_new_tokens = 12
+[scheduler]
+window = 2
+[learner]
+precision = "float32"
+"""
+SUMMARY: dict[str, Any] = {
+    "status": "finished",
+    "objective": "ppo",
+    "steps": 60,
+    "wall_s": 143.2,
+    "reward_initial": 0.642,
+    "reward_final": 0.913,
+    "gain": 0.271,
+    "gain_ci95": [0.239, 0.303],
+    "kl_final": 2.91,
+    "tokens_generated": 141_002,
+    "tokens_trained": 138_240,
+    "lag_bound": 2,
+    "lag_max": 2,
+    "sync_probe_max_abs_diff": 3.1e-6,
+}
+
+
+def make_run(folder: Path, steps: int = 60) -> Path:
+    """A finished run's folder, as the demo would leave it."""
+    draw = random.Random(0)
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(CONFIG)
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    write(folder / "warmup.jsonl", [
+        {"warmup/step": n, "warmup/loss": 0.4 + 2.8 * math.exp(-n / 30) + draw.gauss(0, 0.04)} for n in range(1, 151)
+    ])  # fmt: skip
+    rows: list[dict[str, Any]] = [{"learner_step": 0, "heldout/reward": 0.642, "heldout/reward_ci95": 0.03}]
+    for n in range(1, steps + 1):
+        grown = 1 - math.exp(-n / 18)
+        rows.append(
+            {
+                "learner_step": n,
+                "reward/mean": 0.64 + 0.27 * grown + draw.gauss(0, 0.02),
+                "kl/sequence": 3.0 * grown + draw.gauss(0, 0.1),
+                "length/mean": 9 + draw.gauss(0, 0.1) - 0.4 * grown,
+                "policy/entropy": 0.55 - 0.3 * grown + draw.gauss(0, 0.01),
+                "lag/mean": 0.2 if n == 1 else 1.1 + draw.gauss(0, 0.2),
+                "lag/max": min(n - 1, 2),
+                "scheduler/window": 2,
+                "timing_s/step": 2.1 + draw.random() * 0.3 + (3 if n == 1 else 0),
+                "timing_s/sync": 0.12 + draw.random() * 0.02,
+                "wait/learner_s": 0.5 + draw.random() * 0.3 + (3 if n == 1 else 0),
+                "perf/rollout_wait_fraction": 0.3 + draw.random() * 0.1,
+                "sync/probe_max_abs_diff": 10 ** draw.uniform(-6.5, -5.5),
+                "mismatch/ess": 0.97 - 0.05 * draw.random(),
+            }
+        )
+        if n % 20 == 0:
+            rows.append(
+                {"learner_step": n, "heldout/reward": 0.64 + 0.27 * grown, "heldout/reward_ci95": 0.025}
+            )
+    write(folder / "metrics.jsonl", rows)
+    samples = [
+        {"learner_step": step, "prompt_id": f"heldout:{n}", "prompt": f"reverse: abc{n}", "completion": text,
+         "reward": reward}
+        for step, text, reward in ((0, f"cb{EVIL}", 0.31), (20, "cba", 0.6), (60, f"{EVIL}cba", 0.97))
+        for n in range(4)
+    ]  # fmt: skip
+    write(folder / "samples.jsonl", samples)
+    write(
+        folder / "quarantine.jsonl", [{"line": 7, "reason": "not JSON"}, {"line": 9, "reason": "over-long"}]
+    )
+    return folder
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "demo<&>")
+
+
+@pytest.fixture(scope="module")
+def page(finished: Path) -> str:
+    return write_report(finished).read_text()
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def pictures_in(page: str) -> list[str]:
+    return re.findall(r'<figure id="(\w+)">', page)
+
+
+def test_a_finished_run_has_every_picture_and_its_figures(page: str) -> None:
+    assert pictures_in(page) == ALL
+    for words in ("0.642 → 0.913", "+0.271", "95 % interval +0.239 to +0.303", "60 of 60 learner steps",
+                  "status: finished", "2:23 on the clock", "bound 2", "138,240",
+                  "Llama from scratch, 4 layers of 128", "1 × task", "over-long"):  # fmt: skip
+        assert words in page, words
+    images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    assert len(images) == len(ALL)
+    for image in images:
+        root = ElementTree.fromstring(base64.b64decode(image))
+        assert root.tag.endswith("svg")
+
+
+def test_the_page_needs_nothing_else_and_runs_no_script(page: str) -> None:
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "<script" not in page.lower()
+    assert "default-src 'none'" in page
+
+
+def test_what_a_model_wrote_is_escaped(page: str) -> None:
+    assert EVIL not in page
+    assert "<img src=x" not in page
+    assert page.count(html.escape(EVIL)) == 8  # 4 prompts, before and after
+    assert "demo&lt;&amp;&gt;" in page
+
+
+def test_samples_pair_the_first_and_last_step(finished: Path) -> None:
+    pairs = load_run(finished).before_and_after()
+    assert [(before["learner_step"], after["learner_step"]) for before, after in pairs] == [(0, 60)] * 4
+    assert all(before["prompt_id"] == after["prompt_id"] for before, after in pairs)
+
+
+def test_secrets_of_the_configuration_stay_out(page: str) -> None:
+    assert "hf-canary" not in page
+    assert "[redacted]" in page
+
+
+@pytest.mark.parametrize(
+    "missing", ["summary.json", "config.toml", "metrics.jsonl", "samples.jsonl", "warmup.jsonl"]
+)
+def test_any_file_may_be_missing(missing: str, run: Path) -> None:
+    (run / missing).unlink()
+    page = write_report(run).read_text()
+    expected = {"metrics.jsonl": ["reward", "warmup"], "warmup.jsonl": ALL[:-1]}.get(missing, ALL)
+    assert pictures_in(page) == expected  # without metrics, the summary still has the held-out ends
+    if missing == "summary.json":
+        assert "still going on, or was killed" in page
+
+
+def test_a_run_killed_in_mid_line_has_a_report(run: Path) -> None:
+    (run / "summary.json").unlink()
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join(lines[:11]) + lines[11][:40])  # rows of steps 0 to 10, and part of 11
+    page = write_report(run).read_text()
+    assert "10 of 60 learner steps" in page
+    assert pictures_in(page) == ALL
+
+
+def test_a_run_killed_before_its_first_step_has_a_report(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_bytes(b'{"learner_st')
+    page = write_report(run).read_text()
+    assert pictures_in(page) == []
+    assert "0 learner steps" in page
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no run folder: it has none of metrics\.jsonl"):
+        write_report(tmp_path)
+    with pytest.raises(ValueError, match="no run folder at"):
+        write_report(tmp_path / "none")
+
+
+def test_nulls_and_long_runs_are_drawn(run: Path) -> None:
+    rows = [
+        {
+            "learner_step": n,
+            "reward/mean": None if n % 7 == 0 else math.sin(n / 100),
+            "lag/max": 3 if n == 1234 else 1,
+        }
+        for n in range(3000)
+    ]
+    write(run / "metrics.jsonl", rows)
+    pictures = {picture.key: picture.svg for picture in draw_all(load_run(run))}
+    assert {"reward", "lag"} <= pictures.keys()
+    assert len(pictures["reward"]) < 200_000
+
+
+def test_the_same_folder_gives_the_same_pictures(finished: Path) -> None:
+    run = load_run(finished)
+    assert [picture.svg for picture in draw_all(run)] == [picture.svg for picture in draw_all(run)]
+
+
+def test_heldout_points_come_from_rows_or_else_from_the_summary(run: Path) -> None:
+    heldout = load_run(run).heldout()
+    assert heldout[0] == (0.0, 0.642, 0.03)
+    assert [step for step, _, _ in heldout] == [0, 20, 40, 60]
+    write(run / "metrics.jsonl", [{"learner_step": 5, "reward/mean": 0.5}])
+    assert load_run(run).heldout() == [(0.0, 0.642, 0.0), (5.0, 0.913, 0.0)]
+
+
+def test_the_tolerance_is_the_set_one_or_the_precision_s(run: Path) -> None:
+    assert load_run(run).tolerance == 0.01
+    (run / "config.toml").write_text('[learner]\nprecision = "bfloat16"\n')
+    assert load_run(run).tolerance == 0.25
+    (run / "config.toml").write_text("[sync]\ntolerance = 0.5\n")
+    assert load_run(run).tolerance == 0.5
+
+
+def test_moving_mean() -> None:
+    # Ends have one neighbour: (0+3)/2, (0+3+6)/3, (3+6)/2.
+    assert moving_mean([0.0, 3.0, 6.0], 1) == [1.5, 3.0, 4.5]
