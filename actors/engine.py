@@ -80,6 +80,21 @@ def engine_environment(spec: EngineSpec, owner_pid: int) -> dict[str, str | None
     return variables
 
 
+def refuse_head_size(model_path: str) -> None:
+    """Raise `ValueError` for attention heads that vLLM's CPU kernels don't have, which it finds out late."""
+    from transformers import AutoConfig
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    config = AutoConfig.from_pretrained(model_path).get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in sizes:
+        raise ValueError(
+            f"model {model_path}: attention heads of size {size} don't run in vLLM on a CPU; choose hidden_size "
+            f"and heads so that their ratio is one of {', '.join(map(str, sizes))}"
+        )
+
+
 def _engine_args(spec: EngineSpec) -> Any:
     from vllm import AsyncEngineArgs
     from vllm.config import WeightTransferConfig
@@ -193,6 +208,8 @@ class WatchedEngine:
     def _build(self) -> Any:
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if self.spec.device == "cpu":
+            refuse_head_size(self.spec.model_path)
         return AsyncLLM.from_engine_args(_engine_args(self.spec))
 
     def _in_thread(self, function: Callable[[], T]) -> "asyncio.Future[T]":
@@ -319,6 +336,7 @@ class WatchedEngine:
                 None, lambda: llm.shutdown(timeout=_STOP_SECONDS)
             )
             await asyncio.wait({shutdown}, timeout=_STOP_SECONDS + 5)
+            del llm, shutdown
         kill(set(self._processes))
         self._stopping.set()
 

@@ -225,7 +225,8 @@ class RolloutWorker:
         if len(prompt.token_ids) + request.max_new_tokens > self._spec.max_length:
             raise ValueError(
                 f"prompt {prompt.id}: {len(prompt.token_ids)} tokens and {request.max_new_tokens} new ones "
-                f"exceed the model's {self._spec.max_length}; lower rollout.max_new_tokens or raise model.max_length"
+                f"exceed the model's {self._spec.max_length}; lower rollout.max_new_tokens or raise "
+                "model.max_length"
             )
         started = time.monotonic()
         what = f"group {request.group_id} ({request.group_size} samples of prompt {prompt.id})"
@@ -346,7 +347,8 @@ class RolloutWorker:
         if worst > self._tolerance:
             raise SyncRefused(
                 f"{whom}: probe log-probabilities differ from the learner's by up to {worst:.4g} nats, "
-                f"more than the tolerance of {self._tolerance:g} (sync.tolerance): the actor does not run these weights"
+                f"more than the tolerance of {self._tolerance:g} (sync.tolerance): the actor does not run "
+                "these weights"
             )
         self._version, self._loaded = update.version, True
         return SyncProof(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.config import ContradictionError, JobConfig
+from rewards.settings import Settings
 
 _INDEX = re.compile(r"^\d+$")
 
@@ -132,12 +133,12 @@ def _names_beside(location: tuple[int | str, ...]) -> Iterable[str]:
         if isinstance(part, int) or table is None:
             continue
         field = table.model_fields.get(part)
-        table = _table_type(field.annotation) if field else None
+        table = table_type(field.annotation) if field else None
     return list(table.model_fields) if table is not None else []
 
 
-def _table_type(annotation: Any) -> type[BaseModel] | None:
+def table_type(annotation: Any) -> type[Settings] | None:
     """The settings class inside `X`, `X | None` or `list[X]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
-    return next((found for arg in get_args(annotation) if (found := _table_type(arg))), None)
+    return next((found for arg in get_args(annotation) if (found := table_type(arg))), None)

@@ -79,7 +79,7 @@ def _reward(run: RunData, axes: Axes) -> bool:
         xs, ys, halves = ([point[i] for point in heldout] for i in range(3))
         label = "held out, 95 % interval" if any(halves) else "held out"
         errors = halves if any(halves) else None
-        axes.errorbar(xs, ys, errors, color=RED, fmt="o-", ms=5, lw=1.4, capsize=4, label=label, zorder=5)
+        axes.errorbar(xs, ys, errors, color=RED, fmt="o--", ms=5, lw=1.1, capsize=4, label=label, zorder=5)
     axes.set_ylabel("mean reward")
     _legend(axes, "lower right")
     return drawn or bool(heldout)
@@ -139,7 +139,7 @@ def _timing(run: RunData, axes: Axes) -> bool:
     waits = [float(row.get("wait/learner_s") or 0.0) for row in rows]
     syncs = [float(row.get("timing_s/sync") or 0.0) for row in rows]
     trains = [
-        max(0.0, float(row["timing_s/step"]) - wait - sync)
+        float(row.get("timing_s/learner_step") or max(0.0, float(row["timing_s/step"]) - wait - sync))
         for row, wait, sync in zip(rows, waits, syncs, strict=True)
     ]
     parts = [_thin((xs, part)) for part in (trains, waits, syncs)]
@@ -217,7 +217,12 @@ _PICTURES: tuple[tuple[str, str, str, Draw], ...] = (
     ("length", "Response length", "Growth without reward is padding.", _length),
     ("entropy", "Entropy of the policy", "Falls slowly; at 0 exploration has ended.", _entropy),
     ("lag", "Lag", "How old the weights were that sampled the trained tokens; never above the bound.", _lag),
-    ("timing", "Where the time goes", "Stages of one learner step.", _timing),
+    (
+        "timing",
+        "Where the time goes",
+        "Stages of one learner step; a sync may overlap the next step.",
+        _timing,
+    ),
     ("waits", "Who waits", "Both low is best; the learner high: more actors or a wider window.", _waits),
     ("proof", "Proof of weight sync", "Actors against learner on a probe batch after each sync.", _proof),
     ("mismatch", "Effective sample size", "Near 100 %: samples are still on-policy.", _mismatch),

@@ -48,7 +48,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("heldout/reward_errors", "Held-out prompts left out because their reward failed.", "prompts", "0", "As `reward_errors`."),
     ),
     "Distance to the reference": (
-        Metric("kl/sequence", "Mean over samples of Σ_t (log π − log π_ref), k1.", "nats a sequence", "a few nats, rising slowly", "Runs away: raise `ppo.kl_coef` or use `kl_control = \"adaptive\"`."),
+        Metric("kl/sequence", "Mean over the trained samples of Σ_t (log π − log π_ref), k1. With lag they come from older weights, so it can fall below 0 early on; `heldout/kl_sequence` cannot, up to noise.", "nats a sequence", "a few nats, rising slowly", "Runs away: raise `ppo.kl_coef` or use `kl_control = \"adaptive\"`."),
         Metric("kl/token", "Mean over tokens of log π − log π_ref, k1.", "nats a token", "0 to 0.5", "As `kl/sequence`."),
         Metric("kl/token_k3", "Mean over tokens of e^(−δ) − 1 + δ, δ = log π − log π_ref: never negative, less noisy.", "nats a token", "0 to 0.5", "As `kl/sequence`."),
         Metric("kl/coef", "β, the weight of the KL penalty inside the reward.", "reward a nat", "steady or slowly moving", "Adaptive and at an extreme: `ppo.kl_target` is out of reach."),
@@ -87,6 +87,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("mismatch/ess", "(Σw)² / (n Σw²), w = π_learner / μ on raw weights: the share of samples that still count.", "share", "above 0.9", "Low: lower `scheduler.window` or `optimizer.lr`."),
         Metric("mismatch/kl", "Mean of e^ℓ − 1 − ℓ, ℓ = log π_learner − log μ: KL(μ‖π).", "nats a token", "below 0.01", "As `mismatch/ess`; at lag 0 it is the engines' own difference."),
         Metric("mismatch/cut_fraction", "Share of tokens whose weight was cut off at `ppo.importance_cap`.", "share", "below 0.05", "As `mismatch/ess`."),
+        Metric("mismatch/nonfinite_tokens", "Tokens whose sampler log-probability was not finite; they are left out of the loss.", "tokens", "0", "Otherwise the sampler is at fault: lower `rollout.temperature` or use float32."),
         Metric("mismatch/abs_logprob_difference", "Mean |log π_learner − log μ|.", "nats a token", "below 0.05", "As `mismatch/ess`."),
     ),
     "Scheduler and weight sync": (
@@ -104,11 +105,20 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("wait/rollout_s", "Time that rollout actors had nothing to do, mean over actors.", "s", NONE, "As `perf/rollout_wait_fraction`."),
         Metric("timing_s/step", "From the moment that the step could start waiting for groups to its weights being proved.", "s", "steady", "Grows: see the stages."),
         Metric("timing_s/sync", "Publishing weights until every rollout actor proved them.", "s", "small beside `timing_s/step`", "Put learner and actors on one host, or lower `sync.probe_sequences`."),
+        Metric("timing_s/sync_load", "The slowest actor's loading of new weights.", "s", NONE, "As `timing_s/sync`."),
+        Metric("timing_s/sync_probe", "The slowest actor's scoring of the probe batch.", "s", NONE, "As `timing_s/sync`."),
+        Metric("timing_s/sample_mean", "Mean time to sample one group.", "s", "steady", "Grows: responses are longer, or actors are overloaded; lower `rollout.max_groups_in_flight`."),
+        Metric("timing_s/score_mean", "Mean time to score one group: rewards and the reference's log-probabilities.", "s", "below `timing_s/sample_mean`", "Raise `scoring.actors`."),
+        Metric("timing_s/learner_step", "The learner's own time for the step.", "s", "steady", "Raise `learner.ranks` or `learner.threads`."),
+        Metric("timing_s/old_logprobs", "Of that, the forward pass before the updates.", "s", NONE, NONE),
+        Metric("timing_s/updates", "Of that, the optimizer updates.", "s", NONE, NONE),
         Metric("timing_s/<stage>", "Time of one stage of a step.", "s", NONE, NONE),
-        Metric("memory/<place>", "Memory in use.", "GiB", "below what the machine has", NONE),
+        Metric("memory/<place>", "Most memory that a process of that kind used.", "GiB", "below what the machine has", NONE),
     ),
     "Warm-up": (
         Metric("warmup/loss", "−mean log π of demonstrated tokens.", "nats a token", "falls", "As `loss/supervised`."),
+        Metric("warmup/lr", "Learning rate of the warm-up.", "–", "rises, then falls", NONE),
+        Metric("warmup/grad_norm", "Global norm of the gradient before clipping.", "–", "falls", "As `optimizer/grad_norm`."),
         Metric("warmup/<name>", "Another value of a warm-up update, named as in training.", "–", NONE, NONE),
     ),
     "The monitor itself": (

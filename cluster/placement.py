@@ -97,9 +97,7 @@ def ray_session(config: JobConfig, run_dir: Path) -> Iterator[bool]:
         ray.shutdown()
 
 
-def create_workers(
-    config: JobConfig, job: LearnerJob, *, reference_path: Path, run_id: str, cuda: bool
-) -> Workers:
+def create_workers(config: JobConfig, job: LearnerJob, *, reference_path: Path, cuda: bool) -> Workers:
     """Ask Ray for every actor of the job. Returns at once: `start` on each tells when it is there."""
     device = "cuda" if cuda else "cpu"
     learners = [
@@ -130,7 +128,6 @@ def create_workers(
             max_length=job.max_length,
             seed=config.run.seed + index,
             device=device,
-            run_id=run_id,
         )
         for index in range(config.rollout.actors)
     ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "[redacted]"
-_SECRET_NAME = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"key|token(?!iz)|secret|password|passwd|credential", re.IGNORECASE)
 _SHORTEST_SECRET = 8  # shorter values of the environment are everyday words
 
 

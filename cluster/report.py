@@ -64,7 +64,9 @@ def _headline(run: RunData) -> str:
         words.append(f"status: {status}")
         if isinstance(wall := run.summary.get("wall_s"), int | float):
             words.append(f"{clock(wall)} on the clock")
-    return f'<p class="lead">{_text(" · ".join(words))}</p>'
+    lead = f'<p class="lead">{_text(" · ".join(words))}</p>'
+    error = run.summary.get("error")
+    return lead + (f'<p class="error">{_text(error)}</p>' if error else "")
 
 
 def _cards(run: RunData) -> str:
@@ -95,8 +97,8 @@ def _cards(run: RunData) -> str:
 
 
 def _gain(summary: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The gain and its interval in words, from `gain` (a number) and `gain_ci95` ([low, high])."""
-    gain, interval = summary.get("gain"), summary.get("gain_ci95")
+    """The gain and its interval in words, from `reward_gain` and `reward_gain_ci95` ([low, high])."""
+    gain, interval = summary.get("reward_gain"), summary.get("reward_gain_ci95")
     if not isinstance(gain, int | float):
         return None
     note = ""
@@ -226,11 +228,14 @@ body{margin:0;background:#f6f8f9;color:var(--ink);
 main{max-width:1180px;margin:0 auto;padding:2rem 1.25rem 4rem}
 h1{margin:0;font-size:1.9rem;overflow-wrap:anywhere}h2{margin:0 0 .5rem;font-size:1.1rem}
 .lead{margin:.25rem 0 1.5rem;color:var(--soft)}
+.error{margin:0 0 1.5rem;padding:.7rem 1rem;border-left:4px solid #D55E00;
+  background:#fff;overflow-wrap:anywhere}
 section{margin:0 0 1.75rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:.75rem}
 .card{background:#fff;border:1px solid var(--line);border-radius:10px;
   padding:.8rem 1rem;display:flex;flex-direction:column}
-.card span{color:var(--soft);font-size:.85rem}.card b{font-size:1.2rem;white-space:nowrap;font-variant-numeric:tabular-nums}
+.card span{color:var(--soft);font-size:.85rem}
+.card b{font-size:1.2rem;white-space:nowrap;font-variant-numeric:tabular-nums}
 .card small{color:var(--soft)}
 .settings{display:grid;grid-template-columns:repeat(auto-fill,minmax(210px,1fr));gap:.4rem 1.25rem;margin:0}
 .settings dt{color:var(--soft);font-size:.8rem}.settings dd{margin:0;overflow-wrap:anywhere}

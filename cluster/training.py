@@ -61,7 +61,6 @@ class TrainingRun:
             config,
             learner_job(config, self._prepared),
             reference_path=self._reference_path(),
-            run_id=self._run_id,
             cuda=cuda,
         )
         learner = LearnerGroup(workers.learners, config.learner)

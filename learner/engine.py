@@ -35,7 +35,14 @@ class NonFiniteGradientError(RuntimeError):
 def start_process_group(
     *, rank: int, world_size: int, address: str, port: int, device: str, timeout_s: float
 ) -> None:
-    """Join this process to the learner's group, gloo on CPU and nccl on CUDA; returns once all are in it."""
+    """Join this process to the learner's group, gloo on CPU and nccl on CUDA; returns once all are in it.
+
+    DeepSpeed keeps references to a process's first group for good, so it is joined once and kept until the
+    process ends.
+    """
+    if dist.is_initialized():
+        assert (dist.get_rank(), dist.get_world_size()) == (rank, world_size), "already in another group"
+        return
     os.environ.update(
         DS_ACCELERATOR=device,
         MASTER_ADDR=address,
@@ -55,12 +62,6 @@ def start_process_group(
             rank=rank,
             world_size=world_size,
         )
-
-
-def stop_process_group() -> None:
-    """Leave the group, if one was joined."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def all_reduce(values: Tensor, *, maximum: bool = False) -> Tensor:

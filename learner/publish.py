@@ -137,21 +137,25 @@ def write_safetensors(
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
     partial = path.with_suffix(".part")
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
 
-        def write(data: bytes | memoryview) -> None:
-            digest.update(data)
-            file.write(data)
+            def write(data: bytes | memoryview) -> None:
+                digest.update(data)
+                file.write(data)
 
-        write(len(encoded).to_bytes(8, "little"))
-        write(encoded)
-        for (name, tensor), meta in zip(tensors, metadata, strict=True):
-            found = TensorMeta(name, tensor.dtype, tuple(tensor.shape))
-            if found != meta:
-                raise RuntimeError(f"weights to publish changed: announced {meta}, got {found}")
-            write(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
-        size = file.tell()
-    partial.replace(path)
+            write(len(encoded).to_bytes(8, "little"))
+            write(encoded)
+            for (name, tensor), meta in zip(tensors, metadata, strict=True):
+                found = TensorMeta(name, tensor.dtype, tuple(tensor.shape))
+                if found != meta:
+                    raise RuntimeError(f"weights to publish changed: announced {meta}, got {found}")
+                write(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+            size = file.tell()
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     return size, digest.hexdigest()
 
 

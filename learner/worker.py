@@ -25,7 +25,7 @@ from actors.packing import Pair, pack, scatter
 from actors.records import Group, WeightUpdate
 from learner import checkpoint
 from learner.batch import flatten
-from learner.engine import TrainingEngine, start_process_group, stop_process_group
+from learner.engine import TrainingEngine, start_process_group
 from learner.kl import KLController
 from learner.models import Critic, Policy
 from learner.ppo import PPO
@@ -145,11 +145,10 @@ class LearnerWorker:
         )
 
     def stop(self) -> None:
-        """Leave nothing behind: neither published files nor a process group."""
+        """Leave no published files behind; the process group goes with the process."""
         if self._publisher is not None:
             self._publisher.close()
             self._publisher = None
-        stop_process_group()
 
     # --- Warm-up -----------------------------------------------------------------------------------------
 

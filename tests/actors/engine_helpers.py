@@ -43,7 +43,9 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def save_model(folder: Path, kind: str = "llama", *, tied: bool = False, seed: int = 0) -> Any:
+def save_model(
+    folder: Path, kind: str = "llama", *, tied: bool = False, seed: int = 0, rare_end: bool = False
+) -> Any:
     """A random model with peaked distributions, saved with its tokenizer; returned for comparison."""
     from transformers import (
         GPT2Config,
@@ -77,6 +79,10 @@ def save_model(folder: Path, kind: str = "llama", *, tied: bool = False, seed: i
             model = LlamaForCausalLM(LlamaConfig(**shape, **ids))
         else:
             model = Qwen2ForCausalLM(Qwen2Config(**shape, **ids))
+    if rare_end:
+        # A logit of 0 among logits of deviation 2.4: about one token in 250 ends a response.
+        with torch.no_grad():
+            model.lm_head.weight[END] = 0
     model.eval().save_pretrained(folder)
     return model
 
@@ -128,7 +134,7 @@ def perturb(model: Any, seed: int, scale: float = 0.05) -> None:
     """Move every weight, the norms' too."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter += scale * torch.randn(parameter.shape, generator=generator)
+        parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 PROBE = ((3, 4, 5, 6, 7, 8), (20, 19, 18), tuple(range(3, 28)) * 3)

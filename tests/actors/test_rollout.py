@@ -5,18 +5,28 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
-from engine_helpers import END, LoopThread, logprobs, make_worker, request, save_model
+import torch
+from engine_helpers import END, LoopThread, logprobs, make_worker, probe_of, request, save_model
 
-from actors.engine import EngineDied, EngineSpec, end_tokens, engine_environment, refuse_unsafe_environment
+from actors.engine import (
+    EngineDied,
+    EngineSpec,
+    end_tokens,
+    engine_environment,
+    refuse_head_size,
+    refuse_unsafe_environment,
+)
 from actors.rollout import completion_from, max_abs_diff, probe_tolerance
 from actors.settings import RolloutSettings, SyncSettings
 from actors.waits import DeadlineExceeded
+from actors.weight_files import SHARED_MEMORY, remove_stale
 
 
 def wait_gone(pid: int, seconds: float = 20) -> bool:
@@ -123,6 +133,20 @@ def test_end_tokens_of_tokenizer_model_and_generation_config(tmp_path: Path) -> 
     assert end_tokens(str(tmp_path)) == {END}
     GenerationConfig(eos_token_id=[END, 7]).save_pretrained(tmp_path)
     assert end_tokens(str(tmp_path)) == {END, 7}
+
+
+@pytest.mark.parametrize(("width", "accepted"), [(32, False), (64, True)])
+def test_head_sizes_that_the_cpu_lacks_are_refused_early(tmp_path: Path, width: int, accepted: bool) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=width, num_attention_heads=2).save_pretrained(tmp_path)
+    if accepted:
+        refuse_head_size(str(tmp_path))
+    else:
+        with pytest.raises(
+            ValueError, match="heads of size 16 don't run in vLLM on a CPU; choose hidden_size"
+        ):
+            refuse_head_size(str(tmp_path))
 
 
 # -- on a real engine -------------------------------------------------------------------------------------
@@ -247,8 +271,9 @@ def test_in_ray_two_actors_share_a_machine_a_kill_is_reported_and_nothing_is_lef
     import ray
 
     from actors.rollout import RolloutWorker
+    from learner.publish import ParameterStream, WeightPublisher
 
-    folder, _ = model_folder
+    folder, model = model_folder
     settings = RolloutSettings(kv_cache_gib=0.05, max_num_seqs=32)
     ray.init(
         num_cpus=2,
@@ -272,7 +297,7 @@ def test_in_ray_two_actors_share_a_machine_a_kill_is_reported_and_nothing_is_lef
             )
             for i in range(2)
         ]
-        facts = ray.get([actor.start.remote() for actor in actors], timeout=240)
+        facts = ray.get([actor.start.remote() for actor in actors], timeout=400)
         groups = ray.get(
             [actor.sample.remote(request(i, 3, 4, size=8, new=32)) for i, actor in enumerate(actors)],
             timeout=60,
@@ -281,6 +306,23 @@ def test_in_ray_two_actors_share_a_machine_a_kill_is_reported_and_nothing_is_lef
         # Engines of different seeds draw different samples of the same prompt.
         drawn = [{c.token_ids for c in group.completions} for group in groups]
         assert drawn[0] != drawn[1]
+
+        # The first takes the learner's file; the second, told that it lies on another host, a copy from the
+        # object store.
+        stream = ParameterStream(model.named_parameters, torch.float32)
+        run_id = f"test-{os.getpid()}"
+        publisher = WeightPublisher(stream, backend="shared", run_id=run_id, rank=0, remote_hosts=True)
+        update = publisher.publish(1, *probe_of(model))
+        assert update is not None
+        elsewhere = replace(update, payload={**update.payload, "host": "another-host"})
+        proofs = ray.get(
+            [actors[0].load_weights.remote(update), actors[1].load_weights.remote(elsewhere)], timeout=60
+        )
+        assert [(proof.actor, proof.version) for proof in proofs] == [("rollout-0", 1), ("rollout-1", 1)]
+        copies = SHARED_MEMORY / f"headrace-{os.getuid()}-{run_id}-copies"
+        assert [path.name for path in copies.glob("v*")] == ["v00000001.safetensors"]
+        publisher.close()
+        assert not Path(update.payload["path"]).parent.exists()
 
         # The engine core of the first is killed in the middle of a group.
         owed = actors[0].sample.remote(request(7, 3, 4, size=32, new=240))
@@ -296,5 +338,6 @@ def test_in_ray_two_actors_share_a_machine_a_kill_is_reported_and_nothing_is_lef
         os.kill(facts[1].engine_pid, signal.SIGSTOP)
         ray.kill(actors[1])
         assert wait_gone(facts[1].engine_pid), "an engine core outlived its actor"
+        assert copies in remove_stale()
     finally:
         ray.shutdown()

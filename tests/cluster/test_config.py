@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config_document import document
 from cluster.config_file import ConfigError, dump_config, load_config, parse_config
 from cluster.demo import DEMO_CONFIG
 
@@ -109,3 +110,8 @@ def test_missing_file_and_bad_toml(tmp_path: Path) -> None:
         load_config(tmp_path / "bytes.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)
+
+
+def test_the_documentation_is_what_the_code_says() -> None:
+    page = ROOT / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == document(), "run python -m cluster.config_document"

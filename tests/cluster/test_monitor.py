@@ -32,12 +32,11 @@ CONFIG = {
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "CI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("MY_JUDGE_API_KEY", CANARY_ENV)
-    yield
 
 
 def settings(**values: Any) -> MonitorSettings:
@@ -68,7 +67,9 @@ def test_a_row_is_one_line_that_can_be_read_at_once(tmp_path: Path) -> None:
 
 def test_numbers_that_json_does_not_have_are_null_and_counted(tmp_path: Path) -> None:
     with Monitor(tmp_path, settings(), {}, 2) as monitor:
-        monitor.step({"learner_step": 1, "reward/mean": math.nan, "kl/sequence": math.inf, "lag/max": np.int64(2)})
+        monitor.step(
+            {"learner_step": 1, "reward/mean": math.nan, "kl/sequence": math.inf, "lag/max": np.int64(2)}
+        )
         monitor.step({"learner_step": 2, "reward/mean": math.nan, "loss/policy": np.float32(0.5)})
     first, second = rows(tmp_path / "metrics.jsonl")
     assert (first["reward/mean"], first["kl/sequence"], first["lag/max"]) == (None, None, 2)
@@ -102,7 +103,9 @@ def test_a_row_needs_its_axis(tmp_path: Path) -> None:
 
 def test_the_summary_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Monitor(tmp_path, settings(), {}, 1) as monitor:
-        monitor.summary({"status": "running", "kl_final": math.nan, "hub_token": "abc", "versions": {"a": (1, 2)}})
+        monitor.summary(
+            {"status": "running", "kl_final": math.nan, "hub_token": "abc", "versions": {"a": (1, 2)}}
+        )
         before = (tmp_path / "summary.json").read_text()
         assert json.loads(before) == {
             "status": "running",
@@ -150,6 +153,7 @@ def test_texts_under_telling_names_are_redacted_at_any_depth() -> None:
     assert redact(
         {
             "max_new_tokens": 64,
+            "tokenizer": "kept",
             "API_KEY": "a",
             "password": "",
             "nested": [{"client_secret": "b", "name": "kept"}],
@@ -158,6 +162,7 @@ def test_texts_under_telling_names_are_redacted_at_any_depth() -> None:
         }
     ) == {
         "max_new_tokens": 64,
+        "tokenizer": "kept",
         "API_KEY": "[redacted]",
         "password": "",
         "nested": [{"client_secret": "[redacted]", "name": "kept"}],
@@ -218,8 +223,10 @@ def records(content: bytes) -> Iterator[bytes]:
 
 def logged(run_dir: Path) -> tuple[list[dict[str, Any]], list[str], bytes]:
     """History rows, metric definitions and all bytes of the offline run's own file."""
+    import wandb
     from wandb.proto import wandb_internal_pb2 as pb
 
+    wandb.teardown()  # its service writes the file out a moment after `finish`; this waits for that
     (file,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
     history, definitions = [], []
     for data in records(file.read_bytes()):
@@ -361,7 +368,14 @@ def test_the_live_display_fits_any_width(width: int) -> None:
     assert "step 12/60" in text
     assert "reward" in text
     if width >= 60:
-        for words in ("0.751 ± 0.032", "2.34 nats/seq", "1.25 mean, 2 max of 2", "5,432 tokens/s", "25 %", "123 ms"):
+        for words in (
+            "0.751 ± 0.032",
+            "2.34 nats/seq",
+            "1.25 mean, 2 max of 2",
+            "5,432 tokens/s",
+            "25 %",
+            "123 ms",
+        ):
             assert words in text, words
 
 

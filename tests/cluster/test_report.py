@@ -42,14 +42,14 @@ window = 2
 precision = "float32"
 """
 SUMMARY: dict[str, Any] = {
-    "status": "finished",
+    "status": "completed",
     "objective": "ppo",
     "steps": 60,
     "wall_s": 143.2,
     "reward_initial": 0.642,
     "reward_final": 0.913,
-    "gain": 0.271,
-    "gain_ci95": [0.239, 0.303],
+    "reward_gain": 0.271,
+    "reward_gain_ci95": [0.239, 0.303],
     "kl_final": 2.91,
     "tokens_generated": 141_002,
     "tokens_trained": 138_240,
@@ -65,9 +65,9 @@ def make_run(folder: Path, steps: int = 60) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(CONFIG)
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
-    write(folder / "warmup.jsonl", [
-        {"warmup/step": n, "warmup/loss": 0.4 + 2.8 * math.exp(-n / 30) + draw.gauss(0, 0.04)} for n in range(1, 151)
-    ])  # fmt: skip
+    losses = [0.4 + 2.8 * math.exp(-n / 30) + draw.gauss(0, 0.04) for n in range(1, 151)]
+    warmup = [{"warmup/step": n, "warmup/loss": loss} for n, loss in enumerate(losses, start=1)]
+    write(folder / "warmup.jsonl", warmup)
     rows: list[dict[str, Any]] = [{"learner_step": 0, "heldout/reward": 0.642, "heldout/reward_ci95": 0.03}]
     for n in range(1, steps + 1):
         grown = 1 - math.exp(-n / 18)
@@ -133,7 +133,7 @@ def pictures_in(page: str) -> list[str]:
 def test_a_finished_run_has_every_picture_and_its_figures(page: str) -> None:
     assert pictures_in(page) == ALL
     for words in ("0.642 → 0.913", "+0.271", "95 % interval +0.239 to +0.303", "60 of 60 learner steps",
-                  "status: finished", "2:23 on the clock", "bound 2", "138,240",
+                  "status: completed", "2:23 on the clock", "bound 2", "138,240",
                   "Llama from scratch, 4 layers of 128", "1 × task", "over-long"):  # fmt: skip
         assert words in page, words
     images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
@@ -196,6 +196,13 @@ def test_a_run_killed_before_its_first_step_has_a_report(tmp_path: Path) -> None
     page = write_report(run).read_text()
     assert pictures_in(page) == []
     assert "0 learner steps" in page
+
+
+def test_the_cause_of_a_failure_is_shown(run: Path) -> None:
+    (run / "summary.json").write_text(json.dumps({"status": "failed", "error": "RuntimeError: <b>gone</b>"}))
+    page = write_report(run).read_text()
+    assert "status: failed" in page
+    assert "RuntimeError: &lt;b&gt;gone&lt;/b&gt;" in page
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

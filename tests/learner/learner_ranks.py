@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from learner.engine import start_process_group, stop_process_group
+from learner.engine import start_process_group
 
 
 def free_port() -> int:
@@ -27,7 +27,6 @@ def _child(
             rank=rank, world_size=world_size, address="127.0.0.1", port=port, device="cpu", timeout_s=60
         )
         results.put((rank, function(rank, world_size, *args), None))
-        stop_process_group()
     except BaseException:  # noqa: BLE001 - reported to the parent, whatever it is
         results.put((rank, None, traceback.format_exc()))
 

@@ -1,0 +1,317 @@
+"""Whole runs on all the real parts, as a user starts them: by the command line, in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+SMALL = """
+[run]
+name = "small"
+steps = 4
+batch_size = 32
+evaluate_prompts = 24
+checkpoint_every = 2
+
+[model.scratch]
+hidden_size = 64
+layers = 2
+heads = 2
+max_length = 32
+
+[task]
+kind = "reversal"
+length = 4
+train_size = 256
+heldout_size = 24
+demonstrations = 256
+
+[warmup]
+steps = 5
+batch_size = 32
+
+[[reward]]
+kind = "task"
+name = "gold"
+
+[rollout]
+group_size = 4
+max_new_tokens = 8
+
+[optimizer]
+lr = 1e-3
+"""
+SUMMARY_KEYS = (
+    *("status", "objective", "steps", "wall_s", "reward_initial", "reward_final", "kl_final"),
+    *("tokens_generated", "tokens_trained", "groups_dispatched", "groups_trained", "groups_dropped"),
+    *("lag_bound", "lag_max", "lag_mean", "trainer_wait_fraction", "rollout_wait_fraction"),
+    *("sync_s_mean", "sync_probe_max_abs_diff", "padding_fraction", "versions"),
+)
+
+
+class Run:
+    """A `headrace train` process and its run folder."""
+
+    def __init__(self, folder: Path, config: str, *arguments: str) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "job.toml").write_text(config)
+        self.run_dir = folder / "run"
+        command = [sys.executable, "-m", "cluster.cli", "train", str(folder / "job.toml")]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "NO_COLOR": "1"}
+        self.process = subprocess.Popen(
+            [*command, "--run-dir", str(self.run_dir), *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.family: set[psutil.Process] = set()
+
+    def finish(self, seconds: float = 300) -> str:
+        """Wait for the end, give what was printed; fails if any process is left behind."""
+        try:
+            output, _ = self.process.communicate(timeout=seconds)
+        finally:
+            self.process.kill()
+        _, alive = psutil.wait_procs(self.family, timeout=20)
+        assert not alive, f"left behind: {alive}"
+        return output
+
+    def wait_for(self, what: Callable[[], bool], seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline, "did not happen in time"
+            self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+            time.sleep(0.2)
+
+    def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        path = self.run_dir / name
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    @property
+    def steps(self) -> list[int]:
+        return [row["learner_step"] for row in self.rows()]
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.run_dir / name).read_text())
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def begin(config: str, *arguments: str) -> Run:
+        runs.append(Run(tmp_path / "job", config, *arguments))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.process.kill()
+
+
+def test_a_run_with_a_slow_learner_keeps_its_bound_and_leaves_what_it_promises(
+    start: Callable[..., Run],
+) -> None:
+    # Three passes in two minibatches make the learner slower than rollout, so the queue fills to the window.
+    run = start(SMALL, "--set", "scheduler.window=2", "--set", "ppo.epochs=3", "--set", "ppo.minibatches=2")
+    output = run.finish()
+    assert run.process.returncode == 0, output
+    summary = run.json("summary.json")
+    assert summary.keys() >= set(SUMMARY_KEYS)
+    assert summary["status"] == "completed"
+    assert (summary["steps"], summary["lag_bound"]) == (4, 2)
+    assert 1 <= summary["lag_max"] <= 2
+    assert summary["groups_trained"] == summary["groups_dispatched"] == 4 * 32 // 4
+    assert summary["sync_probe_max_abs_diff"] < 1e-3
+    assert summary["padding_fraction"] < 0.05
+    assert run.steps == [0, 1, 2, 3, 4]
+    for row in run.rows()[1:]:
+        assert row["lag/max"] <= 2
+        assert row["ppo/first_ratio_deviation"] < 1e-4
+        assert row["monitor/unknown_metrics"] == 0
+    report = (run.run_dir / "report.html").read_text()
+    assert report.count("data:image/") >= 6
+    assert list((run.run_dir / "wandb").glob("offline-run-*"))
+    assert run.run_dir.stat().st_mode & 0o777 == 0o700
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    newest = run.run_dir / "checkpoints" / run.json("checkpoints/latest.json")["folder"]
+    assert newest.name == "step_000004"
+    model = AutoModelForCausalLM.from_pretrained(newest / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(newest / "policy")
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+
+
+def test_interrupt_saves_and_resume_goes_on_where_it_was(start: Callable[..., Run]) -> None:
+    run = start(SMALL, "--set", "run.steps=500", "--set", "run.checkpoint_every=0")
+    run.wait_for(lambda: len(run.rows()) >= 3)
+    run.process.send_signal(signal.SIGINT)
+    output = run.finish()
+    assert run.process.returncode == 1, output
+    summary = run.json("summary.json")
+    assert summary["status"] == "interrupted"
+    done = summary["steps"]
+    state = run.json(f"checkpoints/step_{done:06d}/state.json")
+    first_reward = run.rows()[0]["heldout/reward"]
+
+    resumed = start(SMALL, "--set", f"run.steps={done + 2}", "--set", "run.checkpoint_every=0", "--resume")
+    output = resumed.finish()
+    assert resumed.process.returncode == 0, output
+    summary = resumed.json("summary.json")
+    assert (summary["status"], summary["steps"]) == ("completed", done + 2)
+    assert summary["reward_initial"] == pytest.approx(first_reward)  # of the first start, not measured anew
+    assert resumed.steps == list(range(done + 3))
+    # Each prompt handed out is trained once: those under way at the interrupt came first, none is left over.
+    final = resumed.json(f"checkpoints/step_{done + 2:06d}/state.json")
+    assert state["pending"]
+    assert final["pending"] == []
+    handed_out = final["cursor"]["epoch"] * final["cursor"]["size"] + final["cursor"]["position"]
+    assert handed_out == (done + 2) * 32 // 4
+
+
+OWN_DATA = """
+[run]
+steps = 3
+batch_size = 16
+evaluate_prompts = 8
+[model.scratch]
+hidden_size = 64
+layers = 2
+heads = 2
+max_length = 48
+tied_embeddings = true
+[data]
+train = "rows.jsonl"
+heldout_fraction = 0.2
+[[reward]]
+kind = "exact"
+[[reward]]
+kind = "function"
+function = "grade.py:grade"
+name = "mine"
+weight = 0.5
+[rollout]
+actors = 2
+group_size = 4
+max_new_tokens = 8
+[scoring]
+missing_eos_penalty = 0.1
+reward_timeout_s = 3
+[sync]
+in_flight = "wait"
+[learner]
+zero_stage = 1
+[ppo]
+value_model = "critic"
+kl_control = "adaptive"
+"""
+GRADE = """
+import time
+def grade(prompt, completion, row):
+    print("noise on standard output")
+    if row["id"] % 11 == 3:
+        raise KeyError("no grade for this one")
+    if row["id"] == 5:
+        time.sleep(60)
+    if row["id"] == 6:
+        return float("nan")
+    return {"reward": len(set(completion)) / 8, "letters": len(completion)}
+"""
+
+
+def test_own_rows_and_reward_with_all_that_can_be_wrong_in_them(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    rows = [json.dumps({"prompt": f"say {i}:", "answer": str(i), "id": i}) for i in range(40)]
+    rows[10:10] = ["{broken", '{"answer": "no prompt"}', '{"prompt": "", "answer": "1"}']
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "grade.py").write_text(GRADE)
+    run = start(OWN_DATA)
+    output = run.finish()
+    assert run.process.returncode == 0, output
+    summary = run.json("summary.json")
+    assert sum(summary["rows_quarantined"].values()) == 3
+    assert [entry["line"] for entry in run.rows("quarantine.jsonl")] == [11, 12, 13]
+    events = (run.run_dir / "events.log").read_text()
+    assert summary["groups_trained"] == 3 * 16 // 4
+    assert summary["groups_dropped"] == events.count("reward_error")
+    assert {"reward/exact", "reward/mine", "reward/mine/letters"} <= run.rows()[-1].keys()
+    assert summary["lag_max"] <= 1
+
+
+def test_a_reward_that_always_fails_stops_the_run_with_its_reason(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "grade.py").write_text(
+        "def grade(prompt, completion, row):\n    raise OSError('the judge is out')\n"
+    )
+    run = start(SMALL, "--set", "reward.0.kind=function", "--set", "reward.0.function=grade.py:grade")
+    output = run.finish()
+    assert run.process.returncode == 1
+    summary = run.json("summary.json")
+    assert summary["status"] == "failed"
+    for said in ("'gold'", "OSError", "the judge is out"):
+        assert said in summary["error"]
+        assert said in output
+
+
+@pytest.mark.parametrize("victim", ["RolloutWorker", "EngineCore", "LearnerWorker"])
+def test_a_killed_process_ends_the_run_and_is_named(start: Callable[..., Run], victim: str) -> None:
+    run = start(SMALL, "--set", "run.steps=500", "--set", "run.checkpoint_every=2")
+    run.wait_for(lambda: len(run.rows()) >= 4)
+    next(p for p in run.family if p.is_running() and victim in " ".join(p.cmdline())).kill()
+    output = run.finish()
+    assert run.process.returncode == 1
+    error = run.json("summary.json")["error"]
+    assert ("learner-0" if victim == "LearnerWorker" else "rollout-0") in error, output
+    assert (run.run_dir / "report.html").exists()
+    assert run.json("checkpoints/latest.json")["step"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "rollout.group_size=5"], ["run.batch_size = 32", "rollout.group_size = 5"]),
+        (["--resume"], ["--resume", "holds no run"]),
+        (["--set", "reward.0.kind=function", "--set", "reward.0.function=absent.py:f"], ["absent.py"]),
+        (["--set", "task.length=20"], ["data.", "over-long"]),
+    ],
+)
+def test_a_users_mistake_exits_with_2_and_one_message(
+    start: Callable[..., Run], arguments: list[str], said: list[str]
+) -> None:
+    run = start(SMALL, *arguments)
+    output = run.finish(60)
+    assert run.process.returncode == 2, output
+    assert "Traceback" not in output
+    for part in said:
+        assert part in output
+
+
+def test_a_run_folder_is_not_overwritten(start: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "job" / "run").mkdir(parents=True)
+    precious = tmp_path / "job" / "run" / "metrics.jsonl"
+    precious.write_text("precious\n")
+    run = start(SMALL)
+    output = run.finish(60)
+    assert run.process.returncode == 2
+    assert "not an empty folder" in output
+    assert precious.read_text() == "precious\n"
