@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,8 +90,8 @@ def refuse_head_size(model_path: str) -> None:
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if size not in sizes:
         raise ValueError(
-            f"model {model_path}: attention heads of size {size} don't run in vLLM on a CPU; choose hidden_size "
-            f"and heads so that their ratio is one of {', '.join(map(str, sizes))}"
+            f"model {model_path}: attention heads of size {size} don't run in vLLM on a CPU; choose "
+            f"hidden_size and heads so that their ratio is one of {', '.join(map(str, sizes))}"
         )
 
 
@@ -221,13 +221,16 @@ class WatchedEngine:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
+        pending = [future]  # emptied, since the thread lives long and must not keep the engine alive
+
         def settle(result: T | None, error: BaseException | None) -> None:
-            if future.done():
+            waiting = pending.pop()
+            if waiting.done():
                 return
             if error is None:
-                future.set_result(result)  # type: ignore[arg-type]
+                waiting.set_result(result)  # type: ignore[arg-type]
             else:
-                future.set_exception(error)
+                waiting.set_exception(error)
 
         def body() -> None:
             try:
@@ -370,8 +373,3 @@ def node_id() -> str:
     """Ray's name of this node, or the host's where no Ray runs."""
     ray = sys.modules.get("ray")
     return str(ray.get_runtime_context().get_node_id()) if ray and ray.is_initialized() else host_id()
-
-
-async def awaited(awaitable: Awaitable[T]) -> T:
-    """An awaitable as a coroutine."""
-    return await awaitable

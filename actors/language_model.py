@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Largest difference that rounding explains, in nats, when the same tokens go another way through a model.
-ROUNDING = {"float32": 1e-4, "bfloat16": 0.1}
+# Differences that rounding explains, in nats, when the same tokens go another way through a model: in a
+# large model, and in a tiny one.
+ROUNDING = {"float32": 1e-3, "bfloat16": 0.25}
+SMALL_ROUNDING = {"float32": 1e-5, "bfloat16": 0.02}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +183,8 @@ def check_model(model: "PreTrainedModel", dtype: str) -> None:
         )
     packing_error = max(_distance(a, b) for a, b in zip(alone, packed, strict=True))
     leak = _distance(together, alone[1])
-    tolerance = min(ROUNDING[dtype], max(leak / 4, 1e-6)) if dtype == "float32" else ROUNDING[dtype]
-    if not packing_error <= tolerance or (leak > 0 and packing_error > leak / 2 and packing_error > 1e-5):
+    # Where little depends on the context at all, as in a model from scratch, the leak sets the scale.
+    if not packing_error <= max(SMALL_ROUNDING[dtype], min(ROUNDING[dtype], leak / 4)):
         raise ValueError(
             f"model type {kind!r} is not supported: packing sequences in a row changes its probabilities "
             f"by {packing_error:.2g} nats (it does not keep apart what position_ids keep apart)"
@@ -205,9 +207,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 # --- Log-probabilities -----------------------------------------------------------------------------------
 
 
-def last_hidden(
-    backbone: nn.Module, input_ids: Tensor, position_ids: Tensor, positions: Tensor
-) -> Tensor:
+def last_hidden(backbone: nn.Module, input_ids: Tensor, position_ids: Tensor, positions: Tensor) -> Tensor:
     """(N, H) last hidden states at `positions` of the flattened (R, L) rows."""
     config: Any = backbone.config
     if str(config._attn_implementation).startswith("flash"):
@@ -264,9 +264,7 @@ def token_logprobs(
     """Log-probabilities and entropies, both (N,), of the micro-batch's response tokens."""
     head = model.get_output_embeddings()
     return chunked_logprobs(
-        last_hidden(
-            model.base_model, micro_batch.input_ids, micro_batch.position_ids, micro_batch.positions
-        ),
+        last_hidden(model.base_model, micro_batch.input_ids, micro_batch.position_ids, micro_batch.positions),
         head.weight,
         getattr(head, "bias", None),
         micro_batch.targets,

@@ -76,11 +76,12 @@ def _add_job_options(command: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from cluster.config_file import ConfigError, load_config
-    from cluster.job import run_job
 
     config = load_config(options.config, options.overrides)
     if options.resume and options.run_dir is None:
         raise ConfigError("--resume needs --run-dir: name the folder of the run to go on with")
+    from cluster.job import run_job  # seconds of imports, after what can be refused at once
+
     summary = run_job(config, options.run_dir or _new_run_dir(config.run.name), resume=options.resume)
     return EXIT_OK if summary["status"] == "completed" else EXIT_FAILED
 

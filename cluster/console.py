@@ -21,6 +21,7 @@ Row = Mapping[str, Value]
 _BARS = "▁▂▃▄▅▆▇█"
 _HISTORY = 240
 _RECENT_STEPS = 10  # over which the time left is estimated
+_WARMUP_EVERY = 10
 _NARROW = 40  # columns below which there is no bar
 _WIDE = 72  # columns from which two values stand side by side
 
@@ -64,8 +65,10 @@ class PlainConsole:
         self._progress = Progress(total_steps)
 
     def row(self, row: Row) -> None:
-        """Print the step's line."""
+        """Print the step's line; of the warm-up every tenth."""
         self._progress.add(row)
+        if self._progress.warming and self._progress.warmup_step % _WARMUP_EVERY:
+            return
         sys.stdout.write(self._progress.line(row) + "\n")
         sys.stdout.flush()
 

@@ -79,6 +79,16 @@ class Hooks:
     on_checkpoint: Callable[[int], Awaitable[None]]
 
 
+def reward_components(groups: list[Group]) -> dict[str, float]:
+    """Mean of every reward, and of every number it logs beside, over the samples that have it."""
+    values: dict[str, list[float]] = {}
+    for group in groups:
+        for trajectory in group.trajectories:
+            for label, value in trajectory.components.items():
+                values.setdefault(f"reward/{label}", []).append(value)
+    return {label: sum(found) / len(found) for label, found in values.items()}
+
+
 @dataclass(slots=True)
 class _Work:
     """A group under way."""
@@ -105,6 +115,7 @@ class Controller:
     _work: dict[int, _Work] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _recent_failures: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT_GROUPS))
+    _idle_reported: float = 0.0
     _tasks: asyncio.TaskGroup | None = None
     _group_tasks: "set[asyncio.Task[None]]" = field(default_factory=set)
     _syncing: "asyncio.Task[None] | None" = None
@@ -320,4 +331,17 @@ class Controller:
             "scheduler/in_flight": self.scheduler.in_flight,
             "scheduler/queued": self.scheduler.queued,
             "reward_errors": totals.groups_dropped,
+            "tokens_generated": totals.tokens_generated,
+            "tokens_trained": totals.tokens_trained,
+            "epoch": self.cursor.epoch,
+            "wait/rollout_s": self._rollout_idle_since_last_step(),
+            **reward_components(groups),
         }
+        row["perf/learner_wait_fraction"] = row["wait/learner_s"] / step_seconds
+        row["perf/rollout_wait_fraction"] = row["wait/rollout_s"] / step_seconds
+
+    def _rollout_idle_since_last_step(self) -> float:
+        """Seconds in which an actor had nothing to do since the last report, mean over actors."""
+        idle = self.rollouts.idle_seconds()
+        since, self._idle_reported = idle - self._idle_reported, idle
+        return since

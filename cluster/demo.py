@@ -59,8 +59,11 @@ window = 1
 
 [optimizer]
 lr = 2e-4
+critic_lr = 2e-3
+warmup_updates = 10
 
 [ppo]
+minibatches = 4
 kl_coef = 0.02
 """
 _SHOWN = 8

@@ -37,6 +37,10 @@ class RolloutActor:
         if self.in_flight == 0:
             self._idle_since = time.perf_counter()
 
+    def idle_so_far(self) -> float:
+        """Seconds without work since `reset_idle`, the present ones included."""
+        return self.idle_seconds + (time.perf_counter() - self._idle_since if self._idle_since else 0.0)
+
     def reset_idle(self) -> None:
         """Count idle time from now on: before training there is nothing to do."""
         self.idle_seconds = 0.0
@@ -89,10 +93,6 @@ class RolloutPool:
                 *(actor.remote.call("check", seconds=_LIVENESS_DEADLINE_S) for actor in self.actors)
             )
 
-    def idle_fraction(self, wall_seconds: float) -> float:
-        """Share of `wall_seconds` in which an actor had nothing to do, mean over actors."""
-        now = time.perf_counter()
-        idle = sum(
-            a.idle_seconds + (now - a._idle_since if a._idle_since is not None else 0.0) for a in self.actors
-        )
-        return idle / (len(self.actors) * wall_seconds) if wall_seconds > 0 else 0.0
+    def idle_seconds(self) -> float:
+        """Seconds since `reset_idle` in which an actor had nothing to do, mean over actors."""
+        return sum(actor.idle_so_far() for actor in self.actors) / len(self.actors)

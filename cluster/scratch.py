@@ -58,6 +58,7 @@ def build_scratch_model(settings: ScratchSettings, alphabet: str, folder: Path, 
     """
     check_shape(settings)
     import torch
+    import transformers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     tokenizer = build_tokenizer(alphabet, settings.max_length)
@@ -81,6 +82,7 @@ def build_scratch_model(settings: ScratchSettings, alphabet: str, folder: Path, 
     # Only ids: a temperature or top-p here would become vLLM's default and bias every log-probability.
     model.generation_config = GenerationConfig(**ids)
     folder.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()  # it would break into the terminal display
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -165,7 +165,7 @@ class TrainingRun:
         try:
             await controller.run()
         finally:
-            self._rollout_wait_fraction = rollouts.idle_fraction(time.perf_counter() - started)
+            self._rollout_wait_fraction = rollouts.idle_seconds() / (time.perf_counter() - started)
         step = controller.scheduler.step
         if not checkpoint.step_folder(self._checkpoints, step).exists():
             await self._on_checkpoint(step)

@@ -136,10 +136,10 @@ class TrainingEngine:
         # DeepSpeed averages over ranks; our losses are shares of a global mean and must be summed.
         self._engine.backward(loss * self._world)
 
-    def step(self, lr: float) -> float:
-        """Clip, update and give the gradient's norm before clipping."""
+    def step(self, lr: float, *, head_lr: float | None = None) -> float:
+        """Clip, update and give the gradient's norm before clipping; `head_lr` is for a value head."""
         for group in self._engine.basic_optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = head_lr if head_lr is not None and group["is_head"] else lr
         norm = self._clip_unsharded() if self._stage == 0 else None
         self._engine.step()
         if norm is None:
@@ -241,14 +241,20 @@ def _quiet() -> Iterator[None]:
 
 
 def _adam(module: nn.Module, learner: LearnerSettings, optimizer: OptimizerSettings) -> Any:
-    """AdamW; weight decay, where set, leaves out biases and norms (anything but matrices)."""
-    parameters = list(module.parameters())
-    groups: list[dict[str, Any]] = [{"params": parameters}]
-    if optimizer.weight_decay:
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
+    """AdamW; weight decay, where set, leaves out biases and norms (anything but matrices).
+
+    The parameters of a value head are groups of their own, marked `is_head`: they have their own learning rate.
+    """
+    value_head = getattr(module, "value_head", None)
+    heads = {id(p) for p in value_head.parameters()} if value_head is not None else set()
+    sorted_by: dict[tuple[bool, bool], list[Tensor]] = {}
+    for parameter in module.parameters():
+        decays = optimizer.weight_decay > 0 and parameter.ndim >= 2
+        sorted_by.setdefault((id(parameter) in heads, decays), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "is_head": is_head, "weight_decay": optimizer.weight_decay if decays else 0.0}
+        for (is_head, decays), parameters in sorted_by.items()
+    ]
     options: dict[str, Any] = {
         "lr": optimizer.lr,
         "betas": (optimizer.betas[0], optimizer.betas[1]),

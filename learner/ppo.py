@@ -118,8 +118,7 @@ class PPO:
             self._update(share, local, targets, totals, tokens=tokens, rate=rate, first=update == 0)
         metrics |= sample_metrics(samples) | self._reduce(totals, len(minibatches))
         metrics["optimizer/lr"] = rates[-1][0]
-        if self.critic is not None:
-            metrics["optimizer/critic_lr"] = rates[-1][1]
+        metrics["optimizer/critic_lr"] = rates[-1][1]
         metrics["timing_s/old_logprobs"] = prepared - started
         metrics["timing_s/updates"] = time.perf_counter() - prepared
         return metrics
@@ -233,7 +232,7 @@ class PPO:
                 continue
             chosen = (rows[batch.sequence], batch.offset)
             self._micro_batch(batch, targets, chosen, totals, tokens=tokens, last=last, first=first)
-        totals.grad_norms.append(self.policy.step(rate[0]))
+        totals.grad_norms.append(self.policy.step(rate[0], head_lr=rate[1]))
         if self.critic is not None:
             totals.critic_grad_norms.append(self.critic.step(rate[1]))
 

@@ -11,7 +11,9 @@ class OptimizerSettings(Settings):
     """`[optimizer]`: Adam, its schedule and gradient clipping."""
 
     lr: float = Field(1e-5, gt=0, description="Peak learning rate of the policy.")
-    critic_lr: float | None = Field(None, gt=0, description="Learning rate of an own critic; unset: `lr`.")
+    critic_lr: float | None = Field(
+        None, gt=0, description="Learning rate of the value model, head or own critic; unset: `lr`."
+    )
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="Adam's betas.")
     eps: float = Field(1e-5, gt=0, description="Adam's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")

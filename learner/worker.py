@@ -45,8 +45,11 @@ LearnerMetrics = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class LearnerJob:
-    """All that a rank is told. `model_path` is the folder or hub name that training starts from;
-    `total_updates` the PPO updates of the whole run, over which the learning rate decays."""
+    """All that a rank is told.
+
+    `model_path` is the folder or hub name that training starts from, `total_updates` the PPO updates of the
+    whole run, over which the learning rate decays.
+    """
 
     model_path: str
     model: ModelSettings

@@ -198,7 +198,7 @@ def is_flag(value: Any) -> bool:
 def number(value: Any, what: str) -> float:
     """A finite float of a number-like value (numpy and torch scalars too), or a refusal that shows it."""
     if is_flag(value):
-        raise RefusedError(f"{what} {value!r}, a bool; return a number, such as float({value!r})")
+        return float(bool(value))
     if inspect.iscoroutine(value):
         value.close()
         raise RefusedError(f"{what} a coroutine; a reward function cannot be async")

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GPT2Config,
     GraniteConfig,
     LlamaConfig,
     MambaConfig,
@@ -42,6 +43,7 @@ CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**SMALL),
     "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
     "gemma2-softcap": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3),
     "granite-scaled": GraniteConfig(**SMALL, logits_scaling=4.0),
 }
 PAIRS: list[Pair] = [([3, 5], [7, 9, 11]), ([1], [2, 4, 8, 16, 32]), ([30, 20, 10, 5, 1], [6]), ([9], [9, 9])]

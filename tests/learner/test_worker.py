@@ -177,6 +177,25 @@ def test_exported_policy_and_probe_agree(kind: str, tmp_path: Path, request: pyt
     assert moved.abs().max() > 1e-4
 
 
+def test_published_weights_are_the_present_ones_and_come_with_their_probe(qwen2: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    def work(worker: LearnerWorker) -> Any:
+        worker.open_publisher("shared", "test", [[1, 2, 3]], {"root": tmp_path})
+        take_steps(worker, [make_groups(qwen2)])
+        update = worker.publish(1)
+        assert update is not None
+        return update, load_file(update.payload["path"]), weights_of(worker), worker.probe([[1, 2, 3]])
+
+    update, published, weights, probe = in_one_rank(make_job(qwen2), work)
+    assert (update.version, update.probe_token_ids) == (1, ((1, 2, 3),))
+    assert update.probe_logprobs == tuple(map(tuple, probe))
+    assert published.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert np.array_equal(published[name].numpy(), weight), name
+    assert not Path(update.payload["path"]).exists()  # `stop` left nothing behind
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_a_bad_gradient_is_refused_and_leaves_the_weights(llama: str, zero_stage: int) -> None:
     """An infinite advantage (a reward beyond float32) makes an infinite gradient."""
