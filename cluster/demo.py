@@ -20,9 +20,9 @@ objective = "ppo"
 
 [run]
 name = "demo"
-steps = 60
+steps = 50
 batch_size = 256
-checkpoint_every = 30
+checkpoint_every = 25
 
 [model.scratch]
 hidden_size = 128
@@ -39,9 +39,9 @@ demonstrations = 8192
 corruption = 0.3
 
 [warmup]
-steps = 150
-batch_size = 256
-lr = 1e-3
+steps = 200
+batch_size = 128
+lr = 2e-3
 
 [[reward]]
 kind = "task"
@@ -57,14 +57,19 @@ max_num_seqs = 256
 [scheduler]
 window = 1
 
+[learner]
+threads = 2
+
 [optimizer]
 lr = 2e-4
-critic_lr = 2e-3
+critic_lr = 5e-4
 warmup_updates = 10
+schedule = "linear"
 
 [ppo]
-minibatches = 4
-kl_coef = 0.02
+minibatches = 2
+value_coef = 0.5
+kl_coef = 0.05
 """
 _SHOWN = 8
 
