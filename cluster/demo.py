@@ -20,9 +20,9 @@ objective = "ppo"
 
 [run]
 name = "demo"
-steps = 50
+steps = 40
 batch_size = 256
-checkpoint_every = 25
+checkpoint_every = 20
 
 [model.scratch]
 hidden_size = 128
@@ -39,9 +39,9 @@ demonstrations = 8192
 corruption = 0.3
 
 [warmup]
-steps = 200
+steps = 160
 batch_size = 128
-lr = 2e-3
+lr = 2.5e-3
 
 [[reward]]
 kind = "task"

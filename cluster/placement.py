@@ -81,6 +81,7 @@ def ray_session(config: JobConfig, run_dir: Path) -> Iterator[bool]:
         asked = needed_resources(config, cuda=False).cores
         ray.init(
             address="local",
+            _node_ip_address="127.0.0.1",  # Ray's own ports stay on loopback
             num_cpus=max(os.cpu_count() or 1, math.ceil(asked)),
             object_store_memory=int(config.cluster.object_store_gib * _GIB),
             include_dashboard=False,

@@ -243,7 +243,7 @@ def _quiet() -> Iterator[None]:
 def _adam(module: nn.Module, learner: LearnerSettings, optimizer: OptimizerSettings) -> Any:
     """AdamW; weight decay, where set, leaves out biases and norms (anything but matrices).
 
-    The parameters of a value head are groups of their own, marked `is_head`: they have their own learning rate.
+    The parameters of a value head are groups of their own, marked `is_head`, with their own learning rate.
     """
     value_head = getattr(module, "value_head", None)
     heads = {id(p) for p in value_head.parameters()} if value_head is not None else set()

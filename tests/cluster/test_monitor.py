@@ -415,7 +415,8 @@ def test_names_are_found_exactly_or_by_family() -> None:
 
     assert found("reward/mean") == "reward/mean"
     assert found("reward/exact match") == "reward/<label>"
-    assert found("reward/a/b") is None
+    assert found("reward/a/b") == "reward/<label>/<key>"
+    assert found("reward/a/b/c") is None
     assert found("rewards/mean") is None
     assert found("timing_s/step") == "timing_s/step"
     assert found("timing_s/backward") == "timing_s/<stage>"

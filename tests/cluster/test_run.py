@@ -214,7 +214,9 @@ reward_timeout_s = 3
 [sync]
 in_flight = "wait"
 [learner]
-zero_stage = 1
+ranks = 2
+zero_stage = 3
+cores = 0.5
 [ppo]
 value_model = "critic"
 kl_control = "adaptive"
