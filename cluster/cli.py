@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # what the user can mend; everything else keeps its traceback
         print(f"headrace: {error}", file=sys.stderr)
         return EXIT_USER
+    except KeyboardInterrupt:  # before a run has its own way of stopping
+        print("headrace: interrupted", file=sys.stderr)
+        return EXIT_FAILED
     return status
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster import checkpoint
 from cluster.config import JobConfig
+from cluster.config_file import ConfigError
 from cluster.monitor import Monitor
 from cluster.placement import ray_session
 from cluster.prepare import Prepared, prepare
@@ -31,6 +32,10 @@ def run_job(config: JobConfig, run_dir: Path, *, resume: bool = False) -> dict[s
     prepared = prepare(config, run_dir)
     resume_from = checkpoint.latest(run_dir / "checkpoints") if resume else None
     step = checkpoint.read_state(resume_from[0])["step"] if resume_from else None
+    if step is not None and step >= config.run.steps:
+        raise ConfigError(
+            f"--resume: run.steps = {config.run.steps}, but the run already has {step} steps; set it higher"
+        )
     with Monitor(
         run_dir, config.monitor, config.model_dump(mode="json"), config.run.steps, resume_from=step
     ) as monitor:

@@ -1,7 +1,5 @@
 """The folder of a run: made once, private, and resumed only by the job that made it."""
 
-import json
-import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from cluster.config import JobConfig
 from cluster.config_file import ConfigError, dump_config
 
 CONFIG = "config.toml"
-SUMMARY = "summary.json"
+EVENTS = "events.log"  # written from the moment that a run starts
 # A resumed run may be longer, faster or watched differently; what it learns from must be the same.
 _MUST_MATCH = (
     "objective",
@@ -43,9 +41,9 @@ def open_run_folder(run_dir: Path, config: JobConfig, *, resume: bool) -> None:
                 f"--resume: {run_dir} holds no run to resume; check --run-dir or leave out --resume"
             )
         _refuse_changes(tomllib.loads(written.read_text(encoding="utf-8")), config)
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    elif run_dir.exists() and not _is_free(run_dir):
         raise ConfigError(
-            f"--run-dir {run_dir}: is not an empty folder; name a new one, or continue its run with --resume"
+            f"--run-dir {run_dir}: is not an empty folder; name a new one, or go on with its run by --resume"
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -55,6 +53,13 @@ def open_run_folder(run_dir: Path, config: JobConfig, *, resume: bool) -> None:
         raise ConfigError(
             f"--run-dir {run_dir}: cannot be written ({error}); name a writable folder"
         ) from None
+
+
+def _is_free(run_dir: Path) -> bool:
+    """Whether a run may begin here: an empty folder, or one whose run was refused before it started."""
+    if not run_dir.is_dir():
+        return False
+    return not any(run_dir.iterdir()) or ((run_dir / CONFIG).exists() and not (run_dir / EVENTS).exists())
 
 
 def _refuse_changes(before: dict[str, Any], config: JobConfig) -> None:
@@ -81,13 +86,3 @@ def _first_difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
             if old.get(key) != new.get(key):
                 return _first_difference(f"{name}.{key}", old.get(key), new.get(key))
     return name, old, new
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=2, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

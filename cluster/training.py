@@ -220,7 +220,9 @@ class TrainingRun:
             "pending": controller.pending_prompts(),
             "totals": asdict(controller.totals),
         }
-        final = checkpoint.commit(self._checkpoints, step, state, keep=self.config.run.keep_checkpoints)
+        keep = self.config.run.keep_checkpoints
+        # Hashing gigabytes must not hold up the actors.
+        final = await asyncio.to_thread(checkpoint.commit, self._checkpoints, step, state, keep=keep)
         self._monitor.event(f"checkpoint {final}")
 
     # ---- held-out evaluation -------------------------------------------------------------------------------
