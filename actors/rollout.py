@@ -12,7 +12,7 @@ computed anew, so each later token is sampled from exactly the policy whose vers
 import asyncio
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,10 @@ from actors.weight_files import SharedFolder, WeightFileError, host_id, local_fi
 
 __all__ = ["ActorHealth", "DeadlineExceeded", "EngineDied", "EngineFacts", "RolloutWorker", "SyncRefused"]
 
+Table = Sequence[Sequence[float]]
+"""Log-probabilities of a probe: a row a sequence, a number a token but the first."""
 DEFAULT_TOLERANCE = {"float32": 0.01, "bfloat16": 0.25, "float16": 0.1}
+_STALE_TOKENS = 16  # fewer are too few to tell old weights from new ones by a mean
 _TRANSFER_ENGINES = {"shared": "headrace_shared", "nccl": "nccl", "ipc": "headrace_ipc"}
 
 
@@ -64,17 +67,50 @@ def probe_tolerance(sync: SyncSettings, dtype: str) -> float:
     return DEFAULT_TOLERANCE[dtype] if sync.tolerance is None else sync.tolerance
 
 
-def max_abs_diff(found: Iterable[Iterable[float]], expected: Iterable[Iterable[float]]) -> float:
+def max_abs_diff(found: Table, expected: Table) -> float:
     """max |a − b| over two ragged tables; infinite where either is not a number.
 
-    A row of `found` may be shorter: the engine can't score the last place of a sequence as long as its
-    context.
+    A row of `found` may be shorter by one: the engine can't score the last place of a sequence as long as
+    its context. More missing places prove nothing, so they count as an infinite difference.
     """
     worst = 0.0
     for row, expected_row in zip(found, expected, strict=True):
+        if len(row) < max(1, len(expected_row) - 1):
+            worst = math.inf
         for a, b in zip(row, expected_row, strict=False):
             worst = max(worst, abs(a - b)) if math.isfinite(a) and math.isfinite(b) else math.inf
     return worst
+
+
+def mean_abs_diff(found: Table, expected: Table) -> float:
+    """mean |a − b| over the places that both tables have."""
+    gaps = [
+        abs(a - b)
+        for row, expected_row in zip(found, expected, strict=True)
+        for a, b in zip(row, expected_row, strict=False)
+    ]
+    return sum(gaps) / len(gaps)
+
+
+def runs_old_weights(found: Table, old: Table, new: Table) -> bool:
+    """Whether a probe shows the weights before an update rather than those after it.
+
+    True where mean |found − old| < ½·mean |found − new|. This sees an update that never arrived even where
+    it moves no log-probability by as much as the tolerance. Numerical noise, which the engine adds to
+    either, is far from both tables alike, so it is not mistaken for old weights. Of fewer than 16 tokens
+    nothing is concluded.
+    """
+    if sum(len(row) for row in found) < _STALE_TOKENS:
+        return False
+    return mean_abs_diff(found, old) < 0.5 * mean_abs_diff(found, new)
+
+
+def load_timeout(rollout: RolloutSettings, sync: SyncSettings) -> float:
+    """Seconds in which an actor loads and proves weights.
+
+    With `sync.in_flight = "wait"` the requests in flight finish first, which may take all their time.
+    """
+    return sync.timeout_s + (rollout.generate_timeout_s if sync.in_flight == "wait" else 0.0)
 
 
 def completion_from(output: Any, ends: frozenset[int], whom: str) -> Completion:
@@ -140,6 +176,7 @@ class RolloutWorker:
         self._tolerance = probe_tolerance(sync, dtype)
         self._version: int = 0
         self._loaded = False
+        self._proved: WeightUpdate | None = None
         self._refused = ""
         self._groups: set[int] = set()
         self._loading: asyncio.Lock | None = None
@@ -259,14 +296,14 @@ class RolloutWorker:
 
         Raises:
             SyncRefused: the update is not usable, or the probe shows other weights than the learner's.
-            EngineDied, DeadlineExceeded: the engine died, or took longer than `sync.timeout_s`.
+            EngineDied, DeadlineExceeded: the engine died, or took longer than `load_timeout`.
         """
         assert self._loading is not None, "`start` comes first"
         async with self._loading:
             self._ensure_usable()
             whom = f"{self._engine.whom}, weight version {update.version}"
             self._check_order(update, whom)
-            deadline = time.monotonic() + self._sync.timeout_s
+            deadline = time.monotonic() + load_timeout(self._rollout, self._sync)
             path = await self._prepare(update, whom, deadline)
             try:
                 return await self._load_and_prove(update, path, whom, deadline)
@@ -350,7 +387,8 @@ class RolloutWorker:
                 f"more than the tolerance of {self._tolerance:g} (sync.tolerance): the actor does not run "
                 "these weights"
             )
-        self._version, self._loaded = update.version, True
+        self._refuse_old_weights(found, update, whom)
+        self._version, self._loaded, self._proved = update.version, True, update
         return SyncProof(
             actor=self._name,
             version=update.version,
@@ -359,6 +397,18 @@ class RolloutWorker:
             probe_seconds=time.monotonic() - loaded,
             requests_in_flight=in_flight,
         )
+
+    def _refuse_old_weights(self, found: Table, update: WeightUpdate, whom: str) -> None:
+        last = self._proved
+        if last is None or last.probe_token_ids != update.probe_token_ids:
+            return
+        old, new = last.probe_logprobs, update.probe_logprobs
+        if runs_old_weights(found, old, new):
+            raise SyncRefused(
+                f"{whom}: the actor still runs the old weights: its probe log-probabilities are "
+                f"{mean_abs_diff(found, old):.3g} nats from those of version {last.version} on average, and "
+                f"{mean_abs_diff(found, new):.3g} from those of version {update.version}"
+            )
 
     async def _pause(self) -> None:
         await self._engine.llm.pause_generation(mode=self._sync.in_flight, clear_cache=False)
@@ -405,7 +455,7 @@ class RolloutWorker:
         await self._native(self._engine.llm.finish_weight_update(), "to finish a weight update")
 
     async def _native(self, work: Any, what: str) -> None:
-        await self._engine.guard(work, self._sync.timeout_s, what)
+        await self._engine.guard(work, load_timeout(self._rollout, self._sync), what)
 
 
 def _final_only() -> Any:

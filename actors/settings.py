@@ -69,4 +69,9 @@ class SyncSettings(Settings):
         description="Largest |difference| of a probe log-probability, in nats; unset: 0.01 in "
         "float32, 0.25 in bfloat16.",
     )
-    timeout_s: float = Field(120, gt=0, description="Deadline for one actor to load and prove new weights.")
+    timeout_s: float = Field(
+        120,
+        gt=0,
+        description="Deadline for one actor to load and prove new weights, in seconds; with `in_flight` wait, "
+        "`rollout.generate_timeout_s` comes on top.",
+    )

@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that --help answers at once.
 """
 
 import argparse
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -106,7 +107,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _new_run_dir(name: str) -> Path:
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 if __name__ == "__main__":

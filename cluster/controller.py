@@ -22,13 +22,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from actors.records import Group, Prompt, RewardFailure, SampleRequest, SyncProof, WeightUpdate
+from actors.waits import within
 from cluster.config import JobConfig
 from cluster.data import PromptCursor
 from cluster.learner_group import LearnerGroup
 from cluster.remote import WorkerFailedError
 from cluster.rollout_pool import RolloutActor, RolloutPool
 from cluster.scheduler import Admission, Scheduler
-from cluster.scoring_pool import ScoringPool
+from cluster.scoring_pool import BATCH_GROUPS, ScoringPool
 
 _RECENT_GROUPS = 64  # over which the share of reward errors is watched
 
@@ -95,6 +96,7 @@ class _Work:
 
     prompt: Prompt
     attempts: int = 0
+    failed_on: set[str] = field(default_factory=set)
     scored: Group | None = None
 
 
@@ -186,6 +188,7 @@ class Controller:
         except WorkerFailedError:
             if work.attempts >= self.config.rollout.max_attempts:
                 raise
+            work.failed_on.add(actor.remote.name)
             await self._redispatch(group_id)
             return
         self.totals.tokens_generated += sum(len(c.token_ids) for c in sampled.completions)
@@ -199,14 +202,14 @@ class Controller:
         self._pump()
 
     async def _redispatch(self, group_id: int) -> None:
-        """Sample a lost group again, on the first actor whose weights are new enough."""
+        """Sample a lost group again, on an actor whose weights are new enough, another one if possible."""
+        failed_on = self._work[group_id].failed_on
         while True:
-            for actor in self.rollouts.by_load():
+            for actor in sorted(self.rollouts.by_load(), key=lambda actor: actor.remote.name in failed_on):
                 if self.scheduler.redispatch(group_id, actor.version):
                     self._dispatch(group_id, actor)
                     return
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change(f"an actor that can sample group {group_id} again")
 
     def _request(self, group_id: int, prompt: Prompt) -> SampleRequest:
         rollout = self.config.rollout
@@ -223,9 +226,9 @@ class Controller:
         recent = self._recent_failures
         recent.append(True)
         share = sum(recent) / _RECENT_GROUPS
-        if share > self.config.scoring.max_error_fraction:
+        if share >= self.config.scoring.max_error_fraction:
             raise RewardErrorsError(
-                f"{sum(recent)} of the last {len(recent)} groups had a reward error, more than "
+                f"{sum(recent)} of the last {len(recent)} groups had a reward error, which reaches "
                 f"scoring.max_error_fraction = {self.config.scoring.max_error_fraction} of {_RECENT_GROUPS}. "
                 f"The last one, reward {failure.reward!r} on prompt {failure.prompt_id}: {failure.reason}"
             )
@@ -249,6 +252,7 @@ class Controller:
             await self._previous_sync()
             update = await self.learner.publish(step + 1)
             self._syncing = self._tasks.create_task(self._sync_and_report(update, row, groups))
+            self._syncing.add_done_callback(lambda _: self._changed.set())
             every = self.config.run.checkpoint_every
             if every and (step + 1) % every == 0:
                 await self._previous_sync()
@@ -275,8 +279,17 @@ class Controller:
                     f"step {self.scheduler.step} has {self.scheduler.queued} of the "
                     f"{self.config.groups_per_step} groups it needs, and none is being sampled"
                 )
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change(f"groups for step {self.scheduler.step}")
+
+    async def _change(self, what: str) -> None:
+        """Wait until anything changes. Its deadline is beyond every actor's own, so theirs come first."""
+        rollout, scoring = self.config.rollout, self.config.scoring
+        seconds = rollout.generate_timeout_s + scoring.timeout_s * BATCH_GROUPS + self.config.sync.timeout_s
+        under_way = ", ".join(map(str, sorted(self._work)[:8]))
+        self._changed.clear()
+        await within(
+            self._changed.wait(), 120 + seconds, f"the rollout and scoring actors (groups {under_way})", what
+        )
 
     async def _sync_and_report(
         self, update: WeightUpdate, row: dict[str, float], groups: list[Group]

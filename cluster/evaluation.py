@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from actors.records import Group, Prompt, RewardFailure, SampleRequest
+from actors.records import Group, Prompt, RewardFailure, SampledGroup, SampleRequest
 from actors.settings import RolloutSettings
+from cluster.remote import WorkerFailedError
 from cluster.rollout_pool import RolloutPool
 from cluster.scoring_pool import ScoringPool
 
@@ -126,11 +127,22 @@ async def evaluate(
             request = SampleRequest(
                 _FIRST_ID - index, prompt, samples, settings.max_new_tokens, settings.temperature
             )
-            sampled = await rollouts.sample(rollouts.by_load()[0], request)
+            sampled = await _sample(rollouts, request, settings.max_attempts)
         return await scoring.score(sampled)
 
     answers = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
     return summarise(answers, version)
+
+
+async def _sample(rollouts: RolloutPool, request: SampleRequest, attempts: int) -> SampledGroup:
+    """Sample on the least busy actor, again where a live one failed."""
+    for attempt in range(1, attempts + 1):
+        try:
+            return await rollouts.sample(rollouts.by_load()[0], request)
+        except WorkerFailedError:
+            if attempt == attempts:
+                raise
+    raise AssertionError("rollout.max_attempts is at least 1")
 
 
 def summarise(answers: Sequence[Group | RewardFailure], version: int) -> Evaluation:

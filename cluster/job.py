@@ -17,8 +17,8 @@ from cluster.monitor import Monitor
 from cluster.placement import ray_session
 from cluster.prepare import Prepared, prepare
 from cluster.report import write_report
-from cluster.run_folder import open_run_folder
-from cluster.training import TrainingRun
+from cluster.run_folder import RunFolder
+from cluster.training import EVALUATION_AFTER, TrainingRun
 
 
 def run_job(config: JobConfig, run_dir: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -28,19 +28,46 @@ def run_job(config: JobConfig, run_dir: Path, *, resume: bool = False) -> dict[s
     summary's `status` is then "failed" and its `error` the cause.
     """
     started = time.perf_counter()
-    open_run_folder(run_dir, config, resume=resume)
-    prepared = prepare(config, run_dir)
-    resume_from = checkpoint.latest(run_dir / "checkpoints") if resume else None
-    step = checkpoint.read_state(resume_from[0])["step"] if resume_from else None
-    if step is not None and step >= config.run.steps:
+    folder = RunFolder(run_dir, config, resume=resume)
+    try:
+        found = _checkpoint_to_resume(run_dir, config) if resume else None
+        try:
+            prepared = prepare(config, run_dir)
+            job = TrainingRun(config, prepared, run_dir, found[0] if found else None)
+        except (ValueError, KeyboardInterrupt):
+            folder.discard()
+            raise
+        folder.accept(config)
+        return _run_and_report(job, prepared, found, started)
+    finally:
+        folder.close()
+
+
+def _checkpoint_to_resume(run_dir: Path, config: JobConfig) -> tuple[Path, list[str]]:
+    """The newest good checkpoint, and what is wrong with newer ones; ConfigError if nothing is left to do."""
+    found = checkpoint.latest(run_dir / "checkpoints")
+    step = checkpoint.read_state(found[0])["step"]
+    finished = step == config.run.steps and (run_dir / EVALUATION_AFTER).exists()
+    if finished or step > config.run.steps:
         raise ConfigError(
             f"--resume: run.steps = {config.run.steps}, but the run already has {step} steps; set it higher"
         )
+    return found
+
+
+def _run_and_report(
+    job: TrainingRun, prepared: Prepared, found: tuple[Path, list[str]] | None, started: float
+) -> dict[str, Any]:
+    """Run what has been prepared; write summary and report whatever comes of it."""
+    config, run_dir = job.config, job.run_dir
     with Monitor(
-        run_dir, config.monitor, config.model_dump(mode="json"), config.run.steps, resume_from=step
+        run_dir,
+        config.monitor,
+        config.model_dump(mode="json"),
+        config.run.steps,
+        resume_from=job.first_step if found else None,
     ) as monitor:
-        _announce(monitor, prepared, resume_from)
-        job = TrainingRun(config, prepared, run_dir, monitor, resume_from[0] if resume_from else None)
+        _announce(monitor, prepared, found)
         outcome = _run_and_catch(job, monitor)
         summary = job.summary() | outcome | {"wall_s": time.perf_counter() - started}
         monitor.summary(summary)
@@ -72,9 +99,9 @@ def _run_and_catch(job: TrainingRun, monitor: Monitor) -> dict[str, Any]:
     """Run the job; what happened as status and error."""
     try:
         with ray_session(job.config, job.run_dir) as cuda:
-            stopped = asyncio.run(job.run(cuda=cuda))
+            stopped = asyncio.run(job.run(monitor, cuda=cuda))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        monitor.event("interrupted before the first step")
+        monitor.event(f"interrupted at step {job.step}, without waiting for it")
         return {"status": "interrupted", "error": None}
     except Exception as error:  # noqa: BLE001 - the one place where a run's failure is reported
         cause = first_cause(error)

@@ -81,7 +81,10 @@ class RolloutPool:
 
     async def load(self, actor: RolloutActor, update: WeightUpdate) -> SyncProof:
         """Have one actor load and prove new weights."""
-        proof: SyncProof = await actor.remote.call("load_weights", update, seconds=self._sync.timeout_s + 30)
+        seconds = self._sync.timeout_s + 30
+        if self._sync.in_flight == "wait":  # for requests that may take their full time
+            seconds += self._rollout.generate_timeout_s
+        proof: SyncProof = await actor.remote.call("load_weights", update, seconds=seconds)
         actor.version = proof.version
         return proof
 

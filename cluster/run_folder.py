@@ -1,5 +1,9 @@
 """The folder of a run: made once, private, and resumed only by the job that made it."""
 
+import contextlib
+import fcntl
+import os
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -8,7 +12,9 @@ from cluster.config import JobConfig
 from cluster.config_file import ConfigError, dump_config
 
 CONFIG = "config.toml"
-EVENTS = "events.log"  # written from the moment that a run starts
+INPUTS = "inputs"
+QUARANTINE = "quarantine.jsonl"
+_LOCK = ".lock"
 # A resumed run may be longer, faster or watched differently; what it learns from must be the same.
 _MUST_MATCH = (
     "objective",
@@ -18,8 +24,14 @@ _MUST_MATCH = (
     "warmup",
     "reward",
     "ppo",
+    "optimizer.betas",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "scoring.missing_eos_penalty",
     "run.seed",
     "run.batch_size",
+    "run.evaluate_prompts",
+    "run.evaluate_samples",
     "rollout.group_size",
     "rollout.max_new_tokens",
     "rollout.temperature",
@@ -29,40 +41,76 @@ _MUST_MATCH = (
 )
 
 
-def open_run_folder(run_dir: Path, config: JobConfig, *, resume: bool) -> None:
-    """Make the folder (mode 0700) and write the resolved configuration, or check it against a resume.
+class RunFolder:
+    """The folder of one run, locked by this process until `close`."""
 
-    Raises ConfigError where the folder holds another run, or a resume changes what must stay the same.
-    """
-    written = run_dir / CONFIG
-    if resume:
-        if not written.exists():
+    def __init__(self, run_dir: Path, config: JobConfig, *, resume: bool) -> None:
+        """Make the folder (mode 0700) and write the resolved configuration, or check it against a resume.
+
+        Raises ConfigError where the folder holds other things, its run is still going on, or a resume changes
+        what must stay the same.
+        """
+        self.path = run_dir
+        self._is_new = not resume
+        written = run_dir / CONFIG
+        if resume and not written.exists():
             raise ConfigError(
                 f"--resume: {run_dir} holds no run to resume; check --run-dir or leave out --resume"
             )
-        _refuse_changes(tomllib.loads(written.read_text(encoding="utf-8")), config)
-    elif run_dir.exists() and not _is_free(run_dir):
-        raise ConfigError(
-            f"--run-dir {run_dir}: is not an empty folder; name a new one, or go on with its run by --resume"
-        )
+        if not resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise ConfigError(
+                f"--run-dir {run_dir}: is not an empty folder; name a new one, or continue with --resume"
+            )
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            run_dir.chmod(0o700)
+            self._lock = _lock(run_dir)
+        except OSError as error:
+            raise ConfigError(
+                f"--run-dir {run_dir}: cannot be written ({error}); name a writable folder"
+            ) from None
+        try:
+            if resume:
+                refuse_changes(tomllib.loads(written.read_text(encoding="utf-8")), config)
+            else:
+                written.write_text(dump_config(config), encoding="utf-8")
+        except ConfigError:
+            self.close()
+            raise
+
+    def accept(self, config: JobConfig) -> None:
+        """Write the configuration of a resume that has been found to be possible."""
+        (self.path / CONFIG).write_text(dump_config(config), encoding="utf-8")
+
+    def discard(self) -> None:
+        """Take back what a refused new run wrote, so that the folder can be used again."""
+        if self._is_new:
+            shutil.rmtree(self.path / INPUTS, ignore_errors=True)
+            for name in (CONFIG, QUARANTINE, _LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else came into it meanwhile: it stays
+                self.path.rmdir()
+
+    def close(self) -> None:
+        """Give the folder free."""
+        os.close(self._lock)
+
+
+def _lock(run_dir: Path) -> int:
+    """Hold the folder; ConfigError if another process does. The kernel frees it however a process ends."""
+    lock = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        run_dir.chmod(0o700)
-        written.write_text(dump_config(config), encoding="utf-8")
-    except OSError as error:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
         raise ConfigError(
-            f"--run-dir {run_dir}: cannot be written ({error}); name a writable folder"
+            f"--run-dir {run_dir}: its run is still going on in another process; wait for it or stop it"
         ) from None
+    return lock
 
 
-def _is_free(run_dir: Path) -> bool:
-    """Whether a run may begin here: an empty folder, or one whose run was refused before it started."""
-    if not run_dir.is_dir():
-        return False
-    return not any(run_dir.iterdir()) or ((run_dir / CONFIG).exists() and not (run_dir / EVENTS).exists())
-
-
-def _refuse_changes(before: dict[str, Any], config: JobConfig) -> None:
+def refuse_changes(before: dict[str, Any], config: JobConfig) -> None:
+    """Raise ConfigError where a resume would train something else than the run it goes on with."""
     now = tomllib.loads(dump_config(config))
     for name in _MUST_MATCH:
         old, new = _look_up(before, name), _look_up(now, name)

@@ -7,7 +7,7 @@ from actors.records import Group, RewardFailure, SampledGroup
 from actors.settings import ScoringSettings
 from cluster.remote import Remote
 
-_BATCH_GROUPS = 16  # groups scored in one call: enough to fill the reference's forward pass
+BATCH_GROUPS = 16  # groups scored in one call: enough to fill the reference's forward pass
 
 
 class ScoringPool:
@@ -40,7 +40,7 @@ class ScoringPool:
         """Consumes: queued groups. Waits for: its actor. Produces: answers. Unblocked by: `score`."""
         while True:
             batch = [await self._queue.get()]
-            while len(batch) < _BATCH_GROUPS and not self._queue.empty():
+            while len(batch) < BATCH_GROUPS and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             seconds = self._settings.timeout_s * len(batch)
             answers = await remote.call("score", [group for group, _ in batch], seconds=seconds)

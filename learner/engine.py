@@ -29,7 +29,10 @@ CHECKPOINT_TAG = "state"
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A loss or gradient was infinite or not a number; the weights are as they were before the update."""
+    """A loss or gradient was infinite or not a number.
+
+    The engine's weights are as they were before the refused update; earlier updates of the step stand.
+    """
 
 
 def start_process_group(
@@ -158,8 +161,9 @@ class TrainingEngine:
 
     def _refuse(self) -> None:
         raise NonFiniteGradientError(
-            f"{self.name}: the gradient of update {self._updates} is not finite; the update was refused and "
-            "the weights are unchanged. Lower optimizer.lr or look at the rewards of this step"
+            f"{self.name}: the gradient of update {self._updates} is not finite; the update was refused: "
+            "this engine's weights are as they were before this update; earlier updates of the step stand. "
+            "Lower optimizer.lr or look at the rewards of this step"
         )
 
     def in_step(self, batches: Sequence[MicroBatch]) -> list[MicroBatch | None]:

@@ -34,8 +34,9 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
 class KLController:
     """β and the rule by which it follows a target.
 
-    β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon), with KL the mean *a sequence*, in nats, over n sequences.
-    A horizon of `None` keeps β fixed. Source: Ziegler et al., arXiv 1909.08593, section 2.2.
+    β ← β·(1 + clip(KL/target − 1, ±0.2)·min(1, n/horizon)), with KL the mean *a sequence*, in nats, over n
+    sequences. A horizon of `None` keeps β fixed. Source: Ziegler et al., arXiv 1909.08593, section 2.2; the
+    cut of n/horizon at 1 is ours: a batch beyond the horizon moves β by a fifth at most, and never below 0.
     """
 
     coef: float
@@ -47,4 +48,5 @@ class KLController:
         if self.horizon is None:
             return self
         error = min(0.2, max(-0.2, sequence_kl / self.target - 1.0))
-        return KLController(self.coef * (1.0 + error * sequences / self.horizon), self.target, self.horizon)
+        share = min(1.0, sequences / self.horizon)
+        return KLController(self.coef * (1.0 + error * share), self.target, self.horizon)

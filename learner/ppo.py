@@ -144,9 +144,10 @@ class PPO:
         if settings.whiten_advantages:
             whitened = adv.whiten(advantages, share.mask, advantage_moments, shift_mean=True)
         trusted = share.trusted
-        weights, raw = truncated_weights(old_logprobs, share.sampler_logprobs, cap=settings.importance_cap)
+        cap = settings.importance_cap or None
+        weights, raw = truncated_weights(old_logprobs, share.sampler_logprobs, cap=cap)
         mismatch = mismatch_sums(
-            old_logprobs[trusted], share.sampler_logprobs[trusted], raw[trusted], cap=settings.importance_cap
+            old_logprobs[trusted], share.sampler_logprobs[trusted], raw[trusted], cap=cap
         )
         kl_sums = torch.stack(
             [
@@ -257,7 +258,7 @@ class PPO:
             targets.advantages[chosen].to(device),
             targets.weights[chosen].to(device),
             clip=settings.clip,
-            dual_clip=settings.dual_clip,
+            dual_clip=settings.dual_clip or None,
             count=tokens,
         )
         bonus, entropy_sums = entropy_bonus(entropies, count=tokens)
@@ -269,7 +270,7 @@ class PPO:
             values,
             targets.old_values[chosen].to(device),
             targets.returns[chosen].to(device),
-            clip=settings.clip_value,
+            clip=settings.clip_value or None,
             count=tokens,
         )
         if self.critic is not None:

@@ -1,8 +1,8 @@
 """What a user may set about the learner and PPO. No heavy imports here."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rewards.settings import Settings
 
@@ -14,7 +14,9 @@ class OptimizerSettings(Settings):
     critic_lr: float | None = Field(
         None, gt=0, description="Learning rate of the value model, head or own critic; unset: `lr`."
     )
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="Adam's betas.")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="Adam's betas."
+    )
     eps: float = Field(1e-5, gt=0, description="Adam's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after warm-up.")
@@ -48,11 +50,9 @@ class PPOSettings(Settings):
     epochs: int = Field(1, ge=1, description="Passes over each batch.")
     minibatches: int = Field(1, ge=1, description="Optimizer updates in a pass; must divide `batch_size`.")
     clip: float = Field(0.2, gt=0, lt=1, description="ε: the ratio is clipped to [1−ε, 1+ε].")
-    clip_value: float | None = Field(
-        0.2, gt=0, description="ε_v: range of the clipped value loss; unset: none."
-    )
-    dual_clip: float | None = Field(
-        None, gt=1, description="c: bound −c·A of the loss where A < 0; unset: none."
+    clip_value: float = Field(0.2, ge=0, description="ε_v: range of the clipped value loss; 0: none.")
+    dual_clip: float = Field(
+        0.0, ge=0, description="c: bound −c·A of the loss where A < 0, above 1; 0: none."
     )
     gamma: float = Field(1.0, gt=0, le=1, description="γ: discount a token.")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation.")
@@ -68,13 +68,20 @@ class PPOSettings(Settings):
     kl_coef: float = Field(0.05, ge=0, description="β: k1 KL penalty to the reference inside the reward.")
     kl_control: Literal["fixed", "adaptive"] = Field("fixed", description="adaptive: β follows `kl_target`.")
     kl_target: float = Field(6.0, gt=0, description="Target KL of a sequence, in nats.")
-    kl_horizon: int = Field(10_000, ge=1, description="Adaptive: samples over which β may change e-fold.")
-    importance_cap: float | None = Field(
+    kl_horizon: int = Field(10_000, ge=1, description="Adaptive: samples over which β may change by a fifth.")
+    importance_cap: float = Field(
         2.0,
-        gt=0,
+        ge=0,
         description="C: learner/sampler weight of a token is cut off at C (truncated importance "
-        "sampling); unset: no correction.",
+        "sampling); 0: no correction.",
     )
+
+    @field_validator("dual_clip")
+    @classmethod
+    def _no_bound_below_the_clip(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError("must be greater than 1, or 0 for no bound")
+        return value
 
 
 class WarmupSettings(Settings):

@@ -22,7 +22,8 @@ def supervised_update(
     """One update on (prompt, completion) token ids, of which this rank takes its share.
 
     The loss is the mean over all completion tokens of the batch, on all ranks; an end token counts if the
-    completion has one.
+    completion has one. Log-probabilities are those at temperature 1, whatever `rollout.temperature` is: the
+    model itself is fitted to the demonstrations.
     """
     lengths = [len(prompt) + len(completion) for prompt, completion in demonstrations]
     owner = assign_owners(lengths, [range(len(lengths))], ranks)
@@ -32,7 +33,7 @@ def supervised_update(
     padded = engine.in_step(batches)
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(padded):
-        logprobs, _, values = engine.forward(batch or engine.dummy_micro_batch())
+        logprobs, _, values = engine.forward(batch or engine.dummy_micro_batch(), temperature=1.0)
         loss, _ = supervised_loss(logprobs, count=tokens)
         # Every parameter gets a gradient, if only 0: the value head has no part in this loss.
         loss = loss + 0.0 * values.sum()

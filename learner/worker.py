@@ -23,6 +23,7 @@ from torch import Tensor
 from actors.language_model import load_causal_model
 from actors.packing import Pair, pack, scatter
 from actors.records import Group, WeightUpdate
+from actors.weight_files import host_id
 from learner import checkpoint
 from learner.batch import flatten
 from learner.engine import TrainingEngine, start_process_group
@@ -65,10 +66,10 @@ class LearnerJob:
 
 @dataclass(frozen=True, slots=True)
 class LearnerFacts:
-    """What a rank turned out to be, once started."""
+    """What a rank turned out to be, once started; `host_id` names the shared memory that it sees."""
 
     rank: int
-    host: str
+    host_id: str
     device: str
     parameters: int
     model_type: str
@@ -138,7 +139,7 @@ class LearnerWorker:
             self._start_critic()
         return LearnerFacts(
             self._rank,
-            socket.gethostname(),
+            host_id(),
             self._device,
             parameters,
             str(model.config.model_type),
@@ -264,18 +265,26 @@ class LearnerWorker:
         probe_token_ids: Sequence[Sequence[int]],
         transport: dict[str, Any] | None = None,
     ) -> None:
-        """Prepare `publish`: a `WeightPublisher` on every rank; `transport` are its further arguments."""
+        """Prepare `publish`: a `WeightPublisher` on every rank; `transport` are its further arguments.
+
+        With `nccl` the actors join at this host's address, as Ray's other nodes know it.
+        """
         from actors.language_model import DTYPES
         from learner.publish import ParameterStream, WeightPublisher
 
         stream = ParameterStream(self.parameters_for_publish, DTYPES[self._job.learner.precision])
+        arguments = dict(transport or {})
+        if backend == "nccl":
+            import ray
+
+            arguments.setdefault("address", ray.util.get_node_ip_address())
         self._probe = tuple(tuple(ids) for ids in probe_token_ids)
         self._publisher = WeightPublisher(
             stream,
             backend=backend,  # type: ignore[arg-type]
             run_id=run_id,
             rank=self._rank,
-            **(transport or {}),
+            **arguments,
         )
 
     def publish(self, version: int) -> WeightUpdate | None:

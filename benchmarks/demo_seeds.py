@@ -1,0 +1,100 @@
+"""The demo over several seeds: gain with its interval, wall-clock, peak memory. Writes demo_seeds.json.
+
+    python benchmarks/demo_seeds.py [--seeds 3]
+
+Memory is the proportional set size (PSS) of all processes of the run together, sampled every two seconds:
+shared pages count once.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HERE = Path(__file__).resolve().parent
+KEPT = (
+    *("status", "steps", "reward_initial", "reward_final", "reward_gain", "reward_gain_ci95", "kl_final"),
+    *("lag_max", "lag_mean", "groups_dropped", "padding_fraction", "sync_probe_max_abs_diff", "sync_s_mean"),
+    *("trainer_wait_fraction", "rollout_wait_fraction", "wall_s"),
+)
+GIB = 1024**3
+
+
+def family_memory(root: psutil.Process) -> int:
+    """PSS of a process and all its descendants, in bytes."""
+    total = 0
+    try:
+        for process in [root, *root.children(recursive=True)]:
+            try:
+                total += process.memory_full_info().pss
+            except psutil.Error:  # it ended meanwhile
+                continue
+    except psutil.NoSuchProcess:
+        return total
+    return total
+
+
+def run_demo(seed: int, folder: Path) -> dict[str, Any]:
+    """One demo in a process of its own."""
+    command = [sys.executable, "-m", "cluster.cli", "demo", "--run-dir", str(folder)]
+    stolen = psutil.cpu_times().steal
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [*command, "--set", f"run.seed={seed}", "--set", f"task.seed={seed}"], cwd=HERE.parent
+    )
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, family_memory(psutil.Process(process.pid)))
+        time.sleep(2)
+    seconds = time.monotonic() - started
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return {
+        "seed": seed,
+        **{key: summary[key] for key in KEPT},
+        "process_s": seconds,
+        "peak_pss_gib": peak / GIB,
+        # Share of the machine's cores that its host gave to others meanwhile.
+        "cpu_stolen_fraction": (psutil.cpu_times().steal - stolen) / (seconds * (psutil.cpu_count() or 1)),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "unknown")
+
+
+def main() -> None:
+    """Run the seeds one after another and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [run_demo(seed, Path(folder) / f"seed-{seed}") for seed in range(options.seeds)]
+    machine = {
+        "cpu": cpu_model(),
+        "cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+    result = {"command": "python benchmarks/demo_seeds.py", "machine": machine, "runs": runs}
+    (HERE / "demo_seeds.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for run in runs:
+        low, high = run["reward_gain_ci95"]
+        print(
+            f"seed {run['seed']}: {run['reward_initial']:.3f} → {run['reward_final']:.3f}, gain "
+            f"{run['reward_gain']:+.3f} [{low:+.3f}, {high:+.3f}], {run['process_s']:.0f} s, "
+            f"{run['peak_pss_gib']:.1f} GiB"
+        )
+
+
+if __name__ == "__main__":
+    main()
