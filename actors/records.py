@@ -14,13 +14,15 @@ class Prompt:
     """A prompt as the policy sees it.
 
     `id` is unique in the data (`train:17` is row 17); `token_ids` includes any special tokens that the
-    template adds; `row` is the data row it came from, handed to rewards unchanged.
+    template adds; `text` is what is shown of it. `row` is the data row it came from and `source` the prompt
+    in it (a text or chat messages); both are handed to rewards unchanged.
     """
 
     id: str
     token_ids: tuple[int, ...]
     text: str
     row: Mapping[str, Any] = field(default_factory=dict)
+    source: str | list[dict[str, Any]] = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,7 @@ class ScoringWorker:
             timeout_s=self._scoring.reward_timeout_s,
             memory_gib=self._scoring.reward_memory_gib,
             directory=self._directory,
+            environment=self._scoring.reward_env,
         )
         try:
             self.set_reference(self._reference_path)
@@ -118,9 +119,9 @@ class ScoringWorker:
     def _reward_group(self, group: SampledGroup) -> RewardedGroup | RewardFailure:
         assert self._reward is not None, "start() comes first"
         started = time.monotonic()
-        row = group.prompt.row
+        prompt = group.prompt
         requests = [
-            RewardRequest(row.get("prompt", group.prompt.text), completion.text, row, completion.finished)
+            RewardRequest(prompt.source or prompt.text, completion.text, prompt.row, completion.finished)
             for completion in group.completions
         ]
         scores: list[Score] = []

@@ -45,7 +45,11 @@ class ScoringSettings(Settings):
         10, gt=0, description="Deadline for your function to score one completion, in seconds."
     )
     reward_memory_gib: float = Field(4.0, gt=0, description="Address space your function's process may use.")
-    timeout_s: float = Field(300, gt=0, description="Deadline for one group to be scored, in seconds.")
+    reward_env: list[str] = Field(
+        default_factory=list,
+        description="Environment variables your function sees although they are named like a secret.",
+    )
+    timeout_s: float = Field(600, gt=0, description="Deadline for one group to be scored, in seconds.")
     max_error_fraction: float = Field(
         0.5, gt=0, le=1, description="The run stops once this share of the last 64 groups had a reward error."
     )
@@ -72,6 +76,6 @@ class SyncSettings(Settings):
     timeout_s: float = Field(
         120,
         gt=0,
-        description="Deadline for one actor to load and prove new weights, in seconds; with `in_flight` wait, "
-        "`rollout.generate_timeout_s` comes on top.",
+        description="Deadline for one actor to load and prove new weights, in seconds; with "
+        "`in_flight` wait, `rollout.generate_timeout_s` comes on top.",
     )

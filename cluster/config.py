@@ -14,7 +14,7 @@ from cluster.monitor_settings import MonitorSettings
 from cluster.scheduler import SchedulerSettings
 from cluster.scratch import check_shape
 from learner.settings import LearnerSettings, ModelSettings, OptimizerSettings, PPOSettings, WarmupSettings
-from rewards.build import check_rewards
+from rewards.build import check_rewards, uses_child
 from rewards.settings import RewardSettings, Settings, TaskSettings
 
 
@@ -46,7 +46,9 @@ class ClusterSettings(Settings):
     start_timeout_s: float = Field(
         120, gt=0, description="Deadline for Ray to start and place actors, in seconds."
     )
-    object_store_gib: float = Field(0.5, gt=0.07, description="Object store of a private Ray, in GiB.")
+    object_store_gib: float = Field(
+        0.5, gt=0.07, le=1024, description="Object store of a private Ray, in GiB."
+    )
 
 
 class _Rule(NamedTuple):
@@ -90,7 +92,7 @@ class JobConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for rule in (*self._batch_rules(), *self._model_rules(), *self._data_rules()):
+        for rule in (*self._batch_rules(), *self._model_rules(), *self._data_rules(), self._scoring_rule()):
             if rule.broken:
                 raise ContradictionError(rule.field, rule.value, rule.remedy)
         if self.model.scratch is not None:
@@ -145,6 +147,12 @@ class JobConfig(Settings):
                 "give exactly one of model.path (a folder or hub name) and the table [model.scratch]",
             ),
             _Rule(
+                model.revision is not None and scratch is not None,
+                "model.revision",
+                model.revision,
+                "is given, but [model.scratch] downloads nothing; leave it out",
+            ),
+            _Rule(
                 scratch is not None and (model.max_length or 0) > scratch.max_length,
                 "model.max_length",
                 model.max_length,
@@ -180,7 +188,27 @@ class JobConfig(Settings):
                 self.warmup.steps,
                 "needs demonstrations: name a file of prompt and completion in warmup.data, or set it to 0",
             ),
+            _Rule(
+                self.warmup.steps == 0 and bool(self.warmup.data),
+                "warmup.data",
+                self.warmup.data,
+                "is given, but warmup.steps = 0 uses none of it; set warmup.steps or leave it out",
+            ),
         ]
+
+    def _scoring_rule(self) -> _Rule:
+        """A group must be able to take as long as all its completions may, one after another."""
+        children = sum(uses_child(one) for one in self.reward)
+        each, group = self.scoring.reward_timeout_s, self.rollout.group_size
+        needed = each * group * children
+        return _Rule(
+            self.scoring.timeout_s < needed,
+            "scoring.timeout_s",
+            self.scoring.timeout_s,
+            f"is less than scoring.reward_timeout_s = {each:g} for each of rollout.group_size = {group} "
+            f"completions and {children} function or regex reward(s); set it to {needed:g} or more, or lower "
+            "scoring.reward_timeout_s",
+        )
 
 
 class ContradictionError(ValueError):

@@ -6,7 +6,7 @@ read_rows → Encoder (chat template, tokens, checks) → Prompt → held-out sp
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,12 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What became of every line of a source: lines = good + blank + the sum of quarantined + unread."""
+    """What became of every line that was read: lines = good + blank + the sum of quarantined."""
 
     lines: int
     good: int
     blank: int
     quarantined: Mapping[str, int]
-    unread: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +77,10 @@ class Encoder:
                 'data.apply_chat_template = "always", but the tokenizer has no chat template: set "auto" or '
                 '"never", or use a model with a template'
             )
-        unk = self.tokenizer.unk_token_id
-        object.__setattr__(self, "unknown", frozenset(() if unk is None else (unk,)))
+        known = self.tokenizer
+        # Some tokenizers name an end or padding token as their unknown one: that says nothing of a character.
+        others = {known.bos_token_id, known.eos_token_id, known.pad_token_id, None}
+        object.__setattr__(self, "unknown", frozenset({known.unk_token_id} - others))
 
     def prompt(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
         """Token ids, and the text: the prompt itself, or for chat messages what the template made of them."""
@@ -166,14 +167,8 @@ def check_messages(value: list[Any]) -> list[dict[str, Any]]:
     return value
 
 
-def check_answer(row: Mapping[str, Any], column: str, required: bool) -> None:
-    """An answer is a text, a number or a list of these; else BadRow."""
-    if row.get(column) is None and not required:
-        return
-    value = _column(row, column)
-    for item in value if isinstance(value, list) else [value]:
-        if not isinstance(item, str | int | float):
-            raise BadRow("wrong type", f"{column!r} holds a {type(item).__name__}, not a text or number")
+def _accept_row(row: Mapping[str, Any]) -> None:
+    """The check of rows where no reward has one."""
 
 
 # --- sources → prompts ---------------------------------------------------------------------------------
@@ -189,10 +184,12 @@ def load_prompts(
     seed: int,
     quarantine: Quarantine,
     required_columns: Sequence[str] = (),
+    check_row: Callable[[Mapping[str, Any]], None] = _accept_row,
 ) -> PromptData:
     """Read training and held-out prompts.
 
-    `required_columns` are what the rewards need in every row; `max_heldout` bounds the held-out prompts.
+    `required_columns` are what the rewards need in every row, and `check_row` raises ValueError for a row
+    whose answer they cannot grade by; `max_heldout` bounds the held-out prompts.
 
     Raises ValueError where a source cannot be read or has no good row, or no held-out prompt can be had.
     """
@@ -207,6 +204,7 @@ def load_prompts(
         "encoder": encoder,
         "quarantine": quarantine,
         "required_columns": required_columns,
+        "check_row": check_row,
     }
     if not settings.heldout:
         source = _read_prompts("train", settings, **using, limit=settings.max_rows)
@@ -224,6 +222,7 @@ def _read_prompts(
     encoder: Encoder,
     quarantine: Quarantine,
     required_columns: Sequence[str],
+    check_row: Callable[[Mapping[str, Any]], None],
     limit: int | None,
     taken: frozenset[tuple[int, ...]] = frozenset(),
 ) -> PromptSet:
@@ -239,15 +238,10 @@ def _read_prompts(
         revision=settings.revision,
     )
     prompts: dict[str, Prompt] = {}
-    unread = 0
     for line, row in rows:
-        if limit is not None and len(prompts) >= limit:
-            unread += 1
-            continue
         try:
-            prompt = _prompt(
-                split, line, row, settings=settings, encoder=encoder, required_columns=required_columns
-            )
+            prompt = _prompt(split, line, row, settings=settings, encoder=encoder)
+            _check_answers(row, required_columns, check_row)
             if prompt.id in prompts:
                 raise BadRow("duplicate id", f"{prompt.id!r} stands in an earlier row")
             if prompt.token_ids in taken:
@@ -256,8 +250,10 @@ def _read_prompts(
             reading.reject(line, bad, json.dumps(row, ensure_ascii=False))
         else:
             prompts[prompt.id] = prompt
+            if len(prompts) == limit:
+                break
     reading.require_good(len(prompts), f"data.{split}")
-    return PromptSet(tuple(prompts.values()), _counts(reading, len(prompts), unread))
+    return PromptSet(tuple(prompts.values()), _counts(reading, len(prompts)))
 
 
 def _prompt(
@@ -267,12 +263,9 @@ def _prompt(
     *,
     settings: DataSettings,
     encoder: Encoder,
-    required_columns: Sequence[str],
 ) -> Prompt:
     ids, text = encoder.prompt(row)
     encoder.check_length(len(ids))
-    for column in {settings.answer_column, *required_columns}:
-        check_answer(row, column, required=column in required_columns)
     name: Any = line
     if settings.id_column:
         name = _column(row, settings.id_column)
@@ -280,12 +273,24 @@ def _prompt(
             raise BadRow(
                 "wrong type", f"{settings.id_column!r} is a {type(name).__name__}, not a text or number"
             )
-    return Prompt(id=f"{split}:{name}", token_ids=ids, text=text, row=row)
+    return Prompt(id=f"{split}:{name}", token_ids=ids, text=text, row=row, source=row[settings.prompt_column])
 
 
-def _counts(reading: Reading, good: int, unread: int = 0) -> Counts:
-    lines = good + reading.blank + sum(reading.quarantined.values()) + unread
-    return Counts(lines, good, reading.blank, dict(reading.quarantined), unread)
+def _check_answers(
+    row: Mapping[str, Any], required: Sequence[str], check_row: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """BadRow where the rewards lack a column or could not grade any completion by what is in it."""
+    for column in required:
+        _column(row, column)
+    try:
+        check_row(row)
+    except ValueError as error:
+        raise BadRow("bad answer", str(error)) from error
+
+
+def _counts(reading: Reading, good: int) -> Counts:
+    lines = good + reading.blank + sum(reading.quarantined.values())
+    return Counts(lines, good, reading.blank, dict(reading.quarantined))
 
 
 def split_heldout(source: PromptSet, fraction: float, largest: int, seed: int) -> PromptData:
@@ -317,10 +322,12 @@ def load_demonstrations(
     *,
     quarantine: Quarantine,
     settings: DataSettings | None = None,
+    taken: frozenset[tuple[int, ...]] = frozenset(),
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Pairs (prompt ids, completion ids with the end token) from a file of `prompt` and `completion` rows.
 
-    `settings` gives column names and the use of chat templates; without it the defaults hold.
+    `settings` gives column names and the use of chat templates; without it the defaults hold. `taken` are
+    the held-out prompts: a demonstration of one is put aside.
     """
     settings = settings or DataSettings.model_validate({"train": str(path)})
     if tokenizer.eos_token_id is None:
@@ -335,6 +342,8 @@ def load_demonstrations(
             prompt, _ = encoder.prompt(row)
             completion = encoder.completion(row)
             encoder.check_length(len(prompt) + len(completion))
+            if prompt in taken:
+                raise BadRow("in held-out set", "evaluation uses the same prompt")
         except BadRow as bad:
             reading.reject(line, bad, json.dumps(row, ensure_ascii=False))
         else:

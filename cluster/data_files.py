@@ -3,7 +3,7 @@
     file, folder or hub name → `read_rows` → (line, row) for each well-formed row
                                     └──────→ `Quarantine`: file, line, reason, detail for every other one
 
-Every line ends up in exactly one of: good, quarantined, blank, unread (past a `max_rows`).
+Every line that is read ends up in exactly one of: good, quarantined, blank.
 """
 
 import datetime

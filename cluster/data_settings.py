@@ -1,4 +1,4 @@
-"""What a user may set about prompts and answers (the `[data]` table). No heavy imports here."""
+"""What a user may set about prompts and demonstrations (the `[data]` table). No heavy imports here."""
 
 from typing import Literal, Self
 
@@ -29,9 +29,6 @@ class DataSettings(Settings):
     train_split: str = Field("train", min_length=1, description="Folder or hub dataset: the training split.")
     heldout_split: str = Field("test", min_length=1, description="Folder or hub dataset: held-out split.")
     prompt_column: str = Field("prompt", min_length=1, description="Column with a text or chat messages.")
-    answer_column: str = Field(
-        "answer", min_length=1, description="Column with the right answer, checked where a row has one."
-    )
     completion_column: str = Field(
         "completion", min_length=1, description="Column with the response, in a file of demonstrations."
     )
@@ -46,7 +43,7 @@ class DataSettings(Settings):
     max_prompt_tokens: int | None = Field(
         None, ge=1, description="Longer prompts are put aside; unset: what the model's length leaves."
     )
-    max_rows: int | None = Field(None, ge=1, description="Read no more good training rows than this.")
+    max_rows: int | None = Field(None, ge=1, description="Stop reading after this many good training rows.")
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:

@@ -9,10 +9,12 @@ import ray
 
 from actors.packing import Pair
 from actors.records import Group, Prompt, WeightUpdate
+from actors.rollout import load_timeout
 from actors.settings import RolloutSettings, SyncSettings
 from cluster.remote import Remote
 from learner.publish import RolloutSyncClient, resolve_backend
 from learner.settings import LearnerSettings
+from learner.worker import LearnerFacts
 
 _PROBE_TOKENS = 64  # of each probe sequence, at most
 
@@ -23,6 +25,7 @@ class LearnerGroup:
     def __init__(self, ranks: Sequence[Remote], settings: LearnerSettings) -> None:
         self._ranks = ranks
         self._settings = settings
+        self._facts: LearnerFacts | None = None
 
     async def _all(self, method: str, *args: Any, seconds: float | None = None) -> Any:
         """Call every rank at once and give rank 0's answer."""
@@ -30,11 +33,13 @@ class LearnerGroup:
         answers = await asyncio.gather(*(r.call(method, *args, seconds=deadline) for r in self._ranks))
         return answers[0]
 
-    async def start(self) -> None:
-        """Load the model on every rank and let them meet."""
+    async def start(self) -> LearnerFacts:
+        """Load the model on every rank and let them meet; gives what rank 0 turned out to be."""
         deadline = self._settings.start_timeout_s
         address, port = await self._ranks[0].call("rendezvous", seconds=deadline)
-        await self._all("start", address, port, seconds=deadline)
+        facts: LearnerFacts = await self._all("start", address, port, seconds=deadline)
+        self._facts = facts
+        return facts
 
     async def warm_up(self, batches: list[list[Pair]]) -> list[dict[str, float]]:
         """One supervised update a batch; a row of metrics for each."""
@@ -59,15 +64,21 @@ class LearnerGroup:
         run_id: str,
         probe: list[tuple[int, ...]],
         cuda: bool,
-        remote_hosts: bool,
+        actor_hosts: Sequence[str],
+        colocated: bool,
     ) -> None:
-        """Open the way by which weights reach the rollout actors."""
-        backend = resolve_backend(sync, "cuda" if cuda else "cpu", colocated=False)
-        transport: dict[str, Any] = {"remote_hosts": remote_hosts}
+        """Open the way by which weights reach the rollout actors.
+
+        `actor_hosts` are the `host_id`s of their engines: an actor on another host than the learner's rank 0
+        gets the weights through Ray's object store. `colocated` says that both share a GPU.
+        """
+        assert self._facts is not None, "start comes first"
+        backend = resolve_backend(sync, "cuda" if cuda else "cpu", colocated=colocated)
+        transport: dict[str, Any] = {"remote_hosts": set(actor_hosts) != {self._facts.host_id}}
         if backend != "shared":  # not yet run on a GPU
             handles = {remote.name: remote.handle for remote in rollouts}
             transport |= {
-                "client": RolloutSyncClient(handles, rollout.tensor_parallel, sync.timeout_s),
+                "client": RolloutSyncClient(handles, rollout.tensor_parallel, load_timeout(rollout, sync)),
                 "engines": len(rollouts),
                 "workers_per_engine": rollout.tensor_parallel,
             }

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from actors.rollout import RolloutWorker
@@ -21,10 +22,12 @@ from actors.scoring import ScoringWorker
 from cluster.config import JobConfig
 from cluster.prepare import Prepared
 from cluster.remote import Remote
+from learner.publish import resolve_backend
 from learner.worker import LearnerJob, LearnerWorker
 
 _GIB = 1024**3
 _STOP_DEADLINE_S = 10.0
+_SHARED_GPU = 0.45  # of one GPU, for the learner and for the actor where they share it
 
 
 class PlacementError(RuntimeError):
@@ -41,11 +44,12 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """The actors of a job."""
+    """The actors of a job; `colocated`: the one learner rank and the one rollout actor share a GPU."""
 
     learners: list[Remote]
     rollouts: list[Remote]
     scorers: list[Remote]
+    colocated: bool
 
     async def stop(self) -> None:
         """Ask every actor to clean up, briefly, then end its process whatever it is doing."""
@@ -57,12 +61,54 @@ class Workers:
             worker.kill()
 
 
-def needed_resources(config: JobConfig, *, cuda: bool) -> Resources:
-    """Cores and GPUs that the job's actors ask for together."""
+def colocated(config: JobConfig, gpus: float) -> bool:
+    """Whether the learner and the rollout actor share a GPU, of a cluster with so many that the job may use.
+
+    They can if each is one process, and do if `sync.backend` is `ipc`, or `auto` where there is one GPU only.
+    """
+    single = config.learner.ranks == config.rollout.actors == config.rollout.tensor_parallel == 1
+    backend = config.sync.backend
+    return single and ((backend == "ipc" and gpus >= 1) or (backend == "auto" and gpus == 1))
+
+
+def needed_resources(config: JobConfig, *, gpus: float) -> Resources:
+    """Cores and GPUs that the job's actors ask for together, where it may use so many GPUs (0: on CPUs)."""
     learner, rollout, scoring = config.learner, config.rollout, config.scoring
     cores = learner.ranks * learner.cores + rollout.actors * rollout.cores + scoring.actors * scoring.cores
-    gpus = learner.ranks + rollout.actors * rollout.tensor_parallel + scoring.actors * scoring.gpus
-    return Resources(cores, gpus if cuda else 0)
+    if not gpus:
+        return Resources(cores, 0)
+    computing: float = learner.ranks + rollout.actors * rollout.tensor_parallel
+    if colocated(config, gpus):
+        computing = 2 * _SHARED_GPU
+    return Resources(cores, computing + scoring.actors * scoring.gpus)
+
+
+def sync_backend(config: JobConfig, gpus: float) -> str:
+    """The backend that `sync.backend` means where the job may use so many GPUs (0: on CPUs).
+
+    Raises PlacementError if it cannot work there.
+    """
+    together = colocated(config, gpus)
+    if config.sync.backend == "ipc" and not together:
+        raise PlacementError(
+            'sync.backend = "ipc" needs a GPU that one learner rank and one rollout actor share, but '
+            f"learner.ranks = {config.learner.ranks}, rollout.actors = {config.rollout.actors}, "
+            f"rollout.tensor_parallel = {config.rollout.tensor_parallel} and the job can use {gpus:g} GPUs; "
+            'set the three to 1 and give it a GPU, or set sync.backend to "auto"'
+        )
+    try:
+        return resolve_backend(config.sync, "cuda" if gpus else "cpu", together)
+    except ValueError as error:
+        raise PlacementError(str(error)) from error
+
+
+def sampler_seed(seed: int, actor: int, step: int) -> int:
+    """The seed of an engine: its own for each `run.seed`, actor, and learner step that it starts at.
+
+    A resumed run thus draws other samples than the run did before, and `run.seed` = 1 others than the second
+    actor of `run.seed` = 0.
+    """
+    return int(np.random.SeedSequence([seed, actor, step]).generate_state(1)[0])
 
 
 @contextmanager
@@ -78,7 +124,7 @@ def ray_session(config: JobConfig, run_dir: Path) -> Iterator[bool]:
         ray.init(address=address, namespace="headrace", log_to_driver=False, logging_level=logging.ERROR)
     else:
         # A private Ray may promise more cores than there are: the actors then share them.
-        asked = needed_resources(config, cuda=False).cores
+        asked = needed_resources(config, gpus=0).cores
         ray.init(
             address="local",
             _node_ip_address="127.0.0.1",  # Ray's own ports stay on loopback
@@ -92,20 +138,32 @@ def ray_session(config: JobConfig, run_dir: Path) -> Iterator[bool]:
     try:
         _link_logs(run_dir)
         cuda = _use_cuda(config)
-        _check_resources(needed_resources(config, cuda=cuda))
+        gpus = _usable_gpus(cuda)
+        sync_backend(config, gpus)  # refuses here what cannot work
+        _check_resources(needed_resources(config, gpus=gpus))
         yield cuda
     finally:
         ray.shutdown()
 
 
-def create_workers(config: JobConfig, job: LearnerJob, *, reference_path: Path, cuda: bool) -> Workers:
-    """Ask Ray for every actor of the job. Returns at once: `start` on each tells when it is there."""
+def create_workers(
+    config: JobConfig, job: LearnerJob, *, reference_path: Path, cuda: bool, step: int = 0
+) -> Workers:
+    """Ask Ray for every actor of the job. Returns at once: `start` on each tells when it is there.
+
+    `step` is the number of learner steps that the run has taken: a resumed run samples with other seeds.
+    """
     device = "cuda" if cuda else "cpu"
+    gpus = _usable_gpus(cuda)
+    together = colocated(config, gpus)
+    sync = config.sync.model_copy(update={"backend": sync_backend(config, gpus)})
+    placing = _one_gpu(config) if together else {}
+    share = _SHARED_GPU if together else 1
     learners = [
         _actor(
             LearnerWorker,
             f"learner-{rank}",
-            {"num_cpus": config.learner.cores, "num_gpus": 1 if cuda else 0},
+            {"num_cpus": config.learner.cores, "num_gpus": share if cuda else 0, **placing},
             rank,
             config.learner.ranks,
             job,
@@ -118,16 +176,17 @@ def create_workers(config: JobConfig, job: LearnerJob, *, reference_path: Path, 
             name := f"rollout-{index}",
             {
                 "num_cpus": config.rollout.cores,
-                "num_gpus": config.rollout.tensor_parallel if cuda else 0,
+                "num_gpus": share * config.rollout.tensor_parallel if cuda else 0,
                 "max_concurrency": 4 * config.rollout.max_groups_in_flight,
+                **placing,
             },
             name,
             job.model_path,
             config.rollout,
-            config.sync,
+            sync,
             dtype=config.learner.precision,
             max_length=job.max_length,
-            seed=config.run.seed + index,
+            seed=sampler_seed(config.run.seed, index, step),
             device=device,
         )
         for index in range(config.rollout.actors)
@@ -152,14 +211,14 @@ def create_workers(config: JobConfig, job: LearnerJob, *, reference_path: Path, 
         )
         for index in range(config.scoring.actors)
     ]
-    return Workers(learners, rollouts, scorers)
+    return Workers(learners, rollouts, scorers, together)
 
 
 def learner_job(config: JobConfig, prepared: Prepared) -> LearnerJob:
     """What every learner rank is told of the job."""
     return LearnerJob(
         model_path=str(prepared.model_path),
-        model=config.model,
+        model=config.model.model_copy(update={"critic": str(prepared.critic_path or "")}),
         learner=config.learner,
         optimizer=config.optimizer,
         ppo=config.ppo,
@@ -174,6 +233,20 @@ def learner_job(config: JobConfig, prepared: Prepared) -> LearnerJob:
 def _actor(worker_class: type, name: str, options: dict[str, Any], *args: Any, **kwargs: Any) -> Remote:
     handle = ray.remote(worker_class).options(max_restarts=0, **options).remote(*args, **kwargs)
     return Remote(name, handle)
+
+
+def _one_gpu(config: JobConfig) -> dict[str, Any]:
+    """Options of two actors that are to share a GPU: one bundle, whose part of a GPU lies on one device."""
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    bundle = {"CPU": config.learner.cores + config.rollout.cores, "GPU": 2 * _SHARED_GPU}
+    group = placement_group([bundle])  # gone with the job
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)}
+
+
+def _usable_gpus(cuda: bool) -> float:
+    return float(ray.cluster_resources().get("GPU", 0)) if cuda else 0.0
 
 
 def _use_cuda(config: JobConfig) -> bool:

@@ -4,8 +4,9 @@ Everything that can be wrong with the user's files is found here, in seconds, an
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cluster.config import JobConfig
 from cluster.data import DataSettings, PromptData, Quarantine, load_demonstrations, load_prompts
 from cluster.data_files import Reading, read_rows
 from cluster.scratch import alphabet_of, build_scratch_model
-from rewards.build import build_reward, required_columns
+from rewards.build import build_reward, check_row, required_columns
 from rewards.tasks.registry import get_task
 
 # Never pickled weights, and never code.
@@ -22,9 +23,14 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The inputs of a job; `max_length` bounds prompt plus response, in tokens."""
+    """The inputs of a job; `max_length` bounds prompt plus response, in tokens.
+
+    `reference_path` and `critic_path` are None where the configuration names no model of their own.
+    """
 
     model_path: Path
+    reference_path: Path | None
+    critic_path: Path | None
     tokenizer: Any
     max_length: int
     prompts: PromptData
@@ -41,7 +47,11 @@ def prepare(config: JobConfig, run_dir: Path) -> Prepared:
     model_path = _model_folder(config, data, demonstration_file, inputs)
     quarantine = Quarantine(run_dir / "quarantine.jsonl")
     tokenizer = _load_tokenizer(model_path)
-    max_length = _max_length(config, model_path)
+    policy = _load_config("model.path", model_path)
+    max_length = _max_length(config, policy)
+    reference_path, critic_path = (
+        _other_model(config, field, policy, max_length) for field in ("reference", "critic")
+    )
     prompts = load_prompts(
         data,
         tokenizer,
@@ -51,13 +61,28 @@ def prepare(config: JobConfig, run_dir: Path) -> Prepared:
         seed=config.run.seed,
         quarantine=quarantine,
         required_columns=sorted(required_columns(config.reward)),
+        check_row=partial(check_row, config.reward),
     )
-    demonstrations = (
-        load_demonstrations(demonstration_file, tokenizer, max_length, quarantine=quarantine, settings=data)
-        if config.warmup.steps
-        else []
+    demonstrations = []
+    if config.warmup.steps:
+        demonstrations = load_demonstrations(
+            demonstration_file,
+            tokenizer,
+            max_length,
+            quarantine=quarantine,
+            settings=data,
+            taken=frozenset(prompt.token_ids for prompt in prompts.heldout.prompts),
+        )
+    return Prepared(
+        model_path=model_path,
+        reference_path=reference_path,
+        critic_path=critic_path,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        prompts=prompts,
+        demonstrations=demonstrations,
+        quarantine=quarantine,
     )
-    return Prepared(model_path, tokenizer, max_length, prompts, demonstrations, quarantine)
 
 
 def _try_rewards(config: JobConfig) -> None:
@@ -68,6 +93,7 @@ def _try_rewards(config: JobConfig) -> None:
         config.task,
         timeout_s=scoring.reward_timeout_s,
         memory_gib=scoring.reward_memory_gib,
+        environment=scoring.reward_env,
     ).close()
 
 
@@ -92,39 +118,91 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+# --- models --------------------------------------------------------------------------------------------
+
+
 def _model_folder(config: JobConfig, data: DataSettings, demonstration_file: str, inputs: Path) -> Path:
     model = config.model
-    if model.scratch is not None:
-        alphabet = (
-            get_task(config.task.kind).alphabet()
-            if config.task is not None
-            else _alphabet(data, demonstration_file, inputs)
-        )
-        return build_scratch_model(model.scratch, alphabet, inputs / "model", config.run.seed)
-    folder = Path(model.path).expanduser()
-    return folder.resolve() if folder.is_dir() else _download(model.path, model.revision)
+    if model.scratch is None:
+        return _resolve("model.path", model.path, model.revision)
+    if config.task is not None:
+        alphabet = get_task(config.task.kind).alphabet()
+    else:
+        alphabet = _alphabet(config, data, demonstration_file, inputs)
+    return build_scratch_model(model.scratch, alphabet, inputs / "model", config.run.seed)
 
 
-def _alphabet(data: DataSettings, demonstration_file: str, inputs: Path) -> str:
-    """Every character of the user's prompts, answers and completions."""
-    quarantine = Quarantine(
-        inputs / "quarantine.jsonl"
-    )  # bad rows are judged later, when they are read again
+def _alphabet(config: JobConfig, data: DataSettings, demonstration_file: str, inputs: Path) -> str:
+    """Every character of the user's prompts, answers and completions.
+
+    Rows are judged when they are read again, with the tokenizer that comes of this; where no row has a text,
+    a blank alone lets that reading say what is wrong with them.
+    """
+    quarantine = Quarantine(inputs / "quarantine.jsonl")
+    hub = {"subset": data.subset, "revision": data.revision}
+    sources: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("data.train", data.train, data.train_split, hub),
+        ("data.heldout", data.heldout, data.heldout_split, hub),
+        ("warmup.data", demonstration_file, data.train_split, {}),
+    ]
+    columns = {data.prompt_column, data.completion_column, *(one.answer_column for one in config.reward)}
     texts: list[str] = []
-    columns = (data.prompt_column, data.answer_column, data.completion_column)
-    for name, split in ((data.train, data.train_split), (demonstration_file, data.train_split)):
-        if not name:
-            continue
-        reading = Reading(name, quarantine)
-        rows = read_rows(
-            name, reading, field="data.train", split=split, subset=data.subset, revision=data.revision
-        )
-        texts += [str(row[column]) for _, row in rows for column in columns if column in row]
+    for field, name, split, where in sources:
+        if name:
+            rows = read_rows(name, Reading(name, quarantine), field=field, split=split, **where)
+            texts += [text for _, row in rows for column in columns for text in _texts(row.get(column))]
     quarantine.path.unlink()
-    return alphabet_of(texts)
+    return alphabet_of(texts) or " "
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _texts(value: Any) -> Iterator[str]:
+    """What a policy reads or writes of a column's value: a text, a number, or the text of chat messages."""
+    if isinstance(value, list):
+        for message in value:
+            if isinstance(message, dict):
+                yield from _texts(message.get("content"))
+    elif isinstance(value, str | int | float):
+        yield str(value)
+
+
+def _other_model(config: JobConfig, key: str, policy: Any, max_length: int) -> Path | None:
+    """The folder of `model.reference` or `model.critic`, if it is one that fits the policy."""
+    name: str = getattr(config.model, key)
+    if not name:
+        return None
+    field = f"model.{key}"
+    revision = config.model.revision if name == config.model.path else None
+    folder = _resolve(field, name, revision)
+    other = _load_config(field, folder).get_text_config()
+    mine = policy.get_text_config()
+    sizes = getattr(mine, "vocab_size", None), getattr(other, "vocab_size", None)
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{field} = {name!r} has a vocabulary of {sizes[1]} tokens, the policy one of {sizes[0]}: give a "
+            "model with the policy's own tokenizer"
+        )
+    limit = getattr(other, "max_position_embeddings", None)
+    if limit is not None and limit < max_length:
+        raise ValueError(
+            f"{field} = {name!r} reads {limit} tokens at most, less than the run's {max_length}: set "
+            f"model.max_length = {limit}, or give a model that reads more"
+        )
+    return folder
+
+
+def _resolve(field: str, name: str, revision: str | None) -> Path:
+    """A folder here, or the hub's model of that name, with weights that need no pickle."""
+    folder = Path(name).expanduser()
+    folder = folder.resolve() if folder.is_dir() else _download(field, name, revision)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{field} = {name!r} has no *.safetensors, the only kind of weights that is read: save the model "
+            "with save_pretrained"
+        )
+    return folder
+
+
+def _download(field: str, name: str, revision: str | None) -> Path:
     """A hub model's safetensors, configuration and tokenizer; the cached copy where there is one."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -133,7 +211,7 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, etag_timeout=10))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"model.path = {name!r} is not a folder here, and the hub did not give a model of that name "
+            f"{field} = {name!r} is not a folder here, and the hub did not give a model of that name "
             f"({type(error).__name__}): give the path of a folder saved with save_pretrained, or check the "
             "name and the network"
         ) from None
@@ -157,18 +235,20 @@ def _load_tokenizer(model_path: Path) -> Any:
     return tokenizer
 
 
-def _max_length(config: JobConfig, model_path: Path) -> int:
+def _load_config(field: str, folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        model_config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"model.path = {str(model_path)!r} has no configuration that transformers knows ({error}); give "
+            f"{field} = {str(folder)!r} has no configuration that transformers knows ({error}); give "
             "a folder saved with save_pretrained"
         ) from None
-    text_config = model_config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None)
+
+
+def _max_length(config: JobConfig, policy: Any) -> int:
+    limit = getattr(policy.get_text_config(), "max_position_embeddings", None)
     wanted = config.model.max_length
     if wanted is None and limit is None:
         raise ValueError("model.max_length is missing, and the model's configuration states no limit: set it")

@@ -1,6 +1,7 @@
 """The order in which training prompts are handed out: endless, deterministic, resumable."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -82,7 +83,8 @@ class PromptCursor:
     def _describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for prompt in self._prompts:
-            digest.update(f"{prompt.id}:{prompt.token_ids}\n".encode())
+            row = json.dumps(prompt.row, sort_keys=True, default=str)
+            digest.update(f"{prompt.id}:{prompt.token_ids}:{row}\n".encode())
         return {
             "seed": self._seed,
             "shuffle": self._shuffle,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from actors.records import RewardFailure
-from actors.weight_files import host_id
 from cluster import checkpoint
 from cluster.config import JobConfig
 from cluster.controller import Controller, Hooks, StepReport, Totals
@@ -59,7 +58,7 @@ class TrainingRun:
         self._rollout_wait_fraction: float | None = None
         self._last_row: dict[str, float] = {}
         self._run_id = f"{config.run.name[:40]}-{uuid.uuid4().hex[:8]}"
-        self._cuda = False
+        self._cuda = self._colocated = False
 
     @property
     def first_step(self) -> int:
@@ -80,7 +79,9 @@ class TrainingRun:
             learner_job(config, self._prepared),
             reference_path=self._reference_path(),
             cuda=cuda,
+            step=self.first_step,
         )
+        self._colocated = workers.colocated
         learner = LearnerGroup(workers.learners, config.learner)
         rollouts = RolloutPool(workers.rollouts, config.rollout, config.sync)
         scoring = ScoringPool(workers.scorers, config.scoring)
@@ -103,8 +104,8 @@ class TrainingRun:
 
     def _reference_path(self) -> Path:
         """The frozen reference: as configured, or the policy as it is when reinforcement learning begins."""
-        if self.config.model.reference:
-            return Path(self.config.model.reference).expanduser().resolve()
+        if self._prepared.reference_path is not None:
+            return self._prepared.reference_path
         return self.run_dir.resolve() / "reference" if self.config.warmup.steps else self._prepared.model_path
 
     async def _start(self, learner: LearnerGroup, rollouts: RolloutPool, scoring: ScoringPool) -> None:
@@ -127,7 +128,8 @@ class TrainingRun:
                 prepared.prompts.train.prompts, prepared.tokenizer.eos_token_id, config.sync.probe_sequences
             ),
             cuda=self._cuda,
-            remote_hosts=len({host_id(), *(facts.host_id for facts in engines.result())}) > 1,
+            actor_hosts=[facts.host_id for facts in engines.result()],
+            colocated=self._colocated,
         )
 
     async def _warm_up(self, learner: LearnerGroup) -> None:

@@ -1,6 +1,6 @@
 """What a user may set about the learner and PPO. No heavy imports here."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -14,8 +14,8 @@ class OptimizerSettings(Settings):
     critic_lr: float | None = Field(
         None, gt=0, description="Learning rate of the value model, head or own critic; unset: `lr`."
     )
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        [0.9, 0.999], min_length=2, max_length=2, description="Adam's betas."
+    betas: list[float] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="Adam's betas, each at least 0 and below 1."
     )
     eps: float = Field(1e-5, gt=0, description="Adam's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
@@ -23,6 +23,13 @@ class OptimizerSettings(Settings):
     warmup_updates: int = Field(0, ge=0, description="Optimizer updates of linear learning-rate warm-up.")
     min_lr_fraction: float = Field(0.0, ge=0, le=1, description="Where a decay ends, as a fraction of `lr`.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this global norm.")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, values: list[float]) -> list[float]:
+        if any(not 0 <= value < 1 for value in values):
+            raise ValueError("must be two numbers, each at least 0 and below 1")
+        return values
 
 
 class LearnerSettings(Settings):

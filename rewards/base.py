@@ -53,8 +53,8 @@ class Reward(Protocol):
     """Scores completions.
 
     `score` answers each request in order. The requests of one call belong together: a group is trained on
-    whole or not at all, so a reward may answer the requests after a hang with errors instead of running
-    them. One hanging function then costs a group one deadline, not one for each sample.
+    whole or not at all, so a reward may answer the requests after a hang or a crash with errors instead of
+    running them. A bad function then costs a group one deadline or one start, not one for each sample.
     """
 
     @property

@@ -5,13 +5,15 @@ request ─▶ each [[reward]] in turn ─▶ Σ weight · value, with every raw
 """
 
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rewards.base import Reward, RewardError, RewardRequest, Score
 from rewards.child_reward import ChildLimits
-from rewards.graders import ExactReward, NumericReward, RegexReward, TaskReward
+from rewards.graders import ExactReward, NumericReward, RegexReward, TaskReward, answer_number, answer_text
 from rewards.settings import RewardSettings, TaskSettings
 from rewards.tasks.registry import get_task
 from rewards.user_function import FunctionReward, parse_target
@@ -66,15 +68,23 @@ def build_reward(
     timeout_s: float,
     memory_gib: float,
     directory: Path | None = None,
+    environment: Sequence[str] = (),
 ) -> CombinedReward:
     """Build all `[[reward]]` tables; ValueError if one cannot work.
 
-    `timeout_s` is the deadline for one completion and `memory_gib` the address space of a child process.
+    `timeout_s` is the deadline for one completion and `memory_gib` the address space of a child process;
+    `environment` names the variables that a child sees although they are named like a secret.
     Files and modules of the user's are looked for in `directory`, the current one if not given.
     """
     directory = (directory or Path.cwd()).resolve()
     check_rewards(settings, task, directory=directory)
-    limits = ChildLimits(timeout_s, int(memory_gib * GIB), START_TIMEOUT_S)
+    for name in environment:
+        if name not in os.environ:
+            raise ValueError(
+                f"scoring.reward_env names {name!r}, which is not set in the environment; set it before the "
+                "start, or take the name out"
+            )
+    limits = ChildLimits(timeout_s, int(memory_gib * GIB), START_TIMEOUT_S, tuple(environment))
     parts: list[tuple[float, Reward]] = []
     try:
         for one in settings:
@@ -106,16 +116,28 @@ def check_rewards(
 
 def required_columns(settings: Sequence[RewardSettings]) -> set[str]:
     """The columns that every data row must have for these rewards to be able to grade it."""
-    columns = set()
+    return {one.answer_column for one in settings if _needs_answer(one)}
+
+
+def check_row(settings: Sequence[RewardSettings], row: Mapping[str, Any]) -> None:
+    """Raise ValueError for a row that no completion could score on, by the graders' own rules."""
     for one in settings:
-        if one.kind in ("exact", "numeric") or (one.kind == "regex" and _has_group(one.pattern)):
-            columns.add(one.answer_column)
-    return columns
+        if one.kind == "numeric":
+            answer_number(row, one.answer_column)
+        elif _needs_answer(one):
+            answer_text(row, one.answer_column)
+
+
+def uses_child(one: RewardSettings) -> bool:
+    """Whether a child process scores completions, one after another, each within the deadline."""
+    return one.kind in ("function", "regex")
+
+
+def _needs_answer(one: RewardSettings) -> bool:
+    return one.kind in ("exact", "numeric") or (one.kind == "regex" and _has_group(one.pattern))
 
 
 def _check_one(one: RewardSettings, task: TaskSettings | None, directory: Path) -> None:
-    if not math.isfinite(one.weight):
-        raise ValueError(f"reward.weight = {one.weight} of {one.label!r}: it must be a finite number")
     for kind, field in OWN_FIELD.items():
         value = getattr(one, field)
         if one.kind == kind and not value:

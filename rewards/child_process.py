@@ -13,12 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 SCRIPT = Path(__file__).with_name("reward_child.py")
 SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
+HARMLESS = ("TOKENIZERS_PARALLELISM",)  # named like a secret, and none
 # Numerical libraries reserve address space for every thread, which the memory limit counts.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 MAX_REPLY_BYTES = 1 << 20
@@ -37,14 +38,22 @@ class ChildProcess:
     """One killable child. `call` is not for several threads at once."""
 
     def __init__(
-        self, load: Mapping[str, str], *, directory: Path, memory_bytes: int, start_timeout_s: float
+        self,
+        load: Mapping[str, str],
+        *,
+        directory: Path,
+        memory_bytes: int,
+        start_timeout_s: float,
+        environment: Sequence[str] = (),
     ) -> None:
+        """`environment` names variables that are passed on although they are named like a secret."""
         self._setup = {
             "load": dict(load),
             "memory_bytes": memory_bytes,
             "path": [str(directory), *(entry for entry in sys.path if entry)],
         }
         self._directory = directory
+        self._environment = tuple(environment)
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline: int | None = None
@@ -66,7 +75,7 @@ class ChildProcess:
                 stdout=subprocess.PIPE,
                 bufsize=0,
                 cwd=self._directory,
-                env=child_environment(os.environ),
+                env=child_environment(os.environ, self._environment),
                 pass_fds=(lifeline,),
                 start_new_session=True,
             )
@@ -201,7 +210,12 @@ class ChildProcess:
         return f"its process was killed by {name}{hint}"
 
 
-def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the child may see of our environment: nothing that is named like a secret."""
-    kept = {k: v for k, v in environment.items() if not any(word in k.upper() for word in SECRET_WORDS)}
+def child_environment(environment: Mapping[str, str], allowed: Sequence[str] = ()) -> dict[str, str]:
+    """What the child may see of our environment: nothing named like a secret, except what is `allowed`."""
+    named = (*HARMLESS, *allowed)
+    kept = {
+        key: value
+        for key, value in environment.items()
+        if key in named or not any(word in key.upper() for word in SECRET_WORDS)
+    }
     return {**ONE_THREAD, **kept}

@@ -9,23 +9,27 @@ from typing import Any
 from rewards.base import RewardError, RewardRequest, Score
 from rewards.child_process import ChildError, ChildProcess, ChildTimeoutError
 
-NOT_RUN = "not run, because it hung on another completion of the same group"
+NOT_RUN = "not run, because it hung or died on another completion of the same group"
 
 
 @dataclass(frozen=True, slots=True)
 class ChildLimits:
-    """Deadlines for one completion and for starting, and the address space of the process."""
+    """Deadlines for one completion and for starting, the process's address space, and what it may know.
+
+    `environment` names variables that the child sees although they are named like a secret.
+    """
 
     timeout_s: float
     memory_bytes: int
     start_timeout_s: float
+    environment: tuple[str, ...] = ()
 
 
 class ChildReward(ABC):
     """One child serves one reward, one completion after another.
 
-    What raises costs only its own completion. What hangs or dies is killed with all it started, and the next
-    completion gets a fresh child; after a hang the rest of the call is not run (see `rewards.base.Reward`).
+    What raises costs only its own completion. What hangs or dies is killed with all it started; the rest of
+    the call is then not run (see `rewards.base.Reward`), and the next call gets a fresh child.
     """
 
     def __init__(self, label: str, load: Mapping[str, str], *, directory: Path, limits: ChildLimits) -> None:
@@ -36,6 +40,7 @@ class ChildReward(ABC):
             directory=directory,
             memory_bytes=limits.memory_bytes,
             start_timeout_s=limits.start_timeout_s,
+            environment=limits.environment,
         )
 
     @abstractmethod
@@ -56,11 +61,13 @@ class ChildReward(ABC):
         for request in requests:
             try:
                 results.append(self.score_one(request))
-            except ChildTimeoutError as error:
-                results.append(RewardError(self.label, f"{error} (scoring.reward_timeout_s)"))
-                rest = len(requests) - len(results)
-                return results + [RewardError(self.label, NOT_RUN) for _ in range(rest)]
-            except (ValueError, ChildError) as error:
+            except ChildError as error:
+                late = " (scoring.reward_timeout_s)" if isinstance(error, ChildTimeoutError) else ""
+                results.append(RewardError(self.label, f"{error}{late}"))
+                if self._child.pid is None:  # hung, dead or not to be started
+                    rest = len(requests) - len(results)
+                    return results + [RewardError(self.label, NOT_RUN) for _ in range(rest)]
+            except ValueError as error:
                 results.append(RewardError(self.label, str(error)))
         return results
 

@@ -6,6 +6,7 @@ is wanted) is a `RewardError` that names the column, because no completion could
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,7 @@ class NumericReward(Grader):
 
     def grade(self, request: RewardRequest) -> float:
         """Compare; no number in the completion is a wrong answer."""
-        text = answer_text(request.row, self._column)
-        answer = last_number(text)
-        if answer is None:
-            raise ValueError(f"the row's column {self._column!r} holds no number: {text[:80]!r}")
+        answer = answer_number(request.row, self._column)
         found = last_number(request.completion)
         return float(found is not None and close(found, answer, self._tolerance))
 
@@ -124,3 +122,12 @@ def answer_text(row: Mapping[str, Any], column: str) -> str:
     if not text:
         raise ValueError(f"the row's column {column!r} is empty")
     return text
+
+
+def answer_number(row: Mapping[str, Any], column: str) -> Decimal:
+    """The last number of the row's answer; ValueError if there is none to grade by."""
+    text = answer_text(row, column)
+    number = last_number(text)
+    if number is None:
+        raise ValueError(f"the row's column {column!r} holds no number: {text[:80]!r}")
+    return number

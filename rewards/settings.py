@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Settings(BaseModel):
-    """Base of every settings table: strict types, no unknown keys, no change after parsing."""
+    """Base of every settings table: strict types, finite numbers, no unknown keys, frozen once parsed."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TaskSettings(Settings):

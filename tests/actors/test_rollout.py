@@ -23,7 +23,8 @@ from actors.engine import (
     refuse_head_size,
     refuse_unsafe_environment,
 )
-from actors.rollout import completion_from, max_abs_diff, probe_tolerance
+from actors.proof import max_abs_diff, mean_abs_diff, probe_tolerance, runs_old_weights
+from actors.rollout import completion_from, load_timeout
 from actors.settings import RolloutSettings, SyncSettings
 from actors.waits import DeadlineExceeded
 from actors.weight_files import SHARED_MEMORY, remove_stale
@@ -101,6 +102,53 @@ def test_probe_difference() -> None:
     assert max_abs_diff([[-1.0, -2.0], [-3.0]], [[-1.5, -2.25], [-3.0, -9.0]]) == 0.5
     assert max_abs_diff([[float("nan")]], [[-1.0]]) == float("inf")
     assert max_abs_diff([[-1.0]], [[float("nan")]]) == float("inf")
+    # Two scored places are missing, or the only one: nothing is proved.
+    assert max_abs_diff([[-1.0]], [[-1.0, -2.0, -3.0]]) == float("inf")
+    assert max_abs_diff([[]], [[-1.0]]) == float("inf")
+
+
+def test_mean_probe_difference() -> None:
+    # (0.5 + 0.25 + 0) / 3; the last place of the second row is not scored.
+    assert mean_abs_diff([[-1.0, -2.0], [-3.0]], [[-1.5, -2.25], [-3.0, -9.0]]) == pytest.approx(0.25)
+
+
+def tables(seed: int, step: float, noise: float) -> tuple[list[list[float]], ...]:
+    """Log-probabilities of 8 sequences of 31 tokens: of the old weights, the new, and the noise of an engine.
+
+    An update moves each by about `step`; the engine's numbers are off by about `noise`.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    old = torch.randn(8, 31, generator=draw) - 3
+    new = old + step * torch.randn(8, 31, generator=draw)
+    off = noise * torch.randn(8, 31, generator=draw)
+    return old.tolist(), new.tolist(), off.tolist()
+
+
+def plus(table: list[list[float]], off: list[list[float]]) -> list[list[float]]:
+    return (torch.tensor(table) + torch.tensor(off)).tolist()
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 0.01, 0.05])
+@pytest.mark.parametrize("step", [0.0, 1e-6, 1e-3, 0.05, 0.5])
+def test_noise_is_not_mistaken_for_old_weights(step: float, noise: float) -> None:
+    """New weights, an engine as noisy as float32 (1e-6) up to bfloat16 (0.05), updates from none to large."""
+    for seed in range(20):
+        old, new, off = tables(seed, step, noise)
+        assert not runs_old_weights(plus(new, off), old, new)
+
+
+@pytest.mark.parametrize(("step", "noise"), [(1e-3, 1e-6), (0.005, 1e-3), (0.2, 0.05)])
+def test_old_weights_are_seen_below_the_tolerance(step: float, noise: float) -> None:
+    old, new, off = tables(0, step, noise)
+    found = plus(old, off)
+    assert runs_old_weights(found, old, new)
+    assert not runs_old_weights([found[0][:15]], old[:1], new[:1]), "too few tokens to tell"
+
+
+def test_waiting_for_requests_has_time_for_them() -> None:
+    rollout = RolloutSettings(generate_timeout_s=50)
+    assert load_timeout(rollout, SyncSettings(timeout_s=20)) == 20
+    assert load_timeout(rollout, SyncSettings(timeout_s=20, in_flight="wait")) == 70
 
 
 def test_tolerance_by_dtype_unless_set() -> None:

@@ -168,14 +168,22 @@ def test_the_function_gets_the_rows_own_prompt(start, tmp_path):
     (tmp_path / "mine.py").write_text(FUNCTION)
     worker = start({"kind": "function", "function": "mine.py:f"}, directory=tmp_path)
     chat = [{"role": "user", "content": "hi"}]
-    (scored,) = worker.score([group(1, completion([3], "x"), prompt=(1, 2), **{"answer": "y"})])
-    assert scored.trajectories[0].components["function/is_chat"] == 0.0
-    with_chat = group(2, completion([3], "x"))
-    with_chat = dataclasses.replace(
-        with_chat, prompt=dataclasses.replace(with_chat.prompt, row={"prompt": chat})
-    )
-    (scored,) = worker.score([with_chat])
-    assert scored.trajectories[0].components["function/is_chat"] == 1.0
+    of_text = group(1, completion([3], "x"), prompt=(1, 2), answer="y")
+    # Wherever the prompt's column is: a column that happens to be called "prompt" is not it.
+    prompt = dataclasses.replace(of_text.prompt, row={"prompt": "other", "question": chat}, source=chat)
+    of_chat = dataclasses.replace(of_text, group_id=2, prompt=prompt)
+    first, second = worker.score([of_text, of_chat])
+    assert first.trajectories[0].components["function/is_chat"] == 0.0
+    assert second.trajectories[0].components["function/is_chat"] == 1.0
+
+
+def test_the_function_sees_the_variables_that_are_named(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("HR_JUDGE_KEY", "value")
+    (tmp_path / "mine.py").write_text("import os\ndef f(p, c, r):\n    return 'HR_JUDGE_KEY' in os.environ\n")
+    for names, expected in ([], 0.0), (["HR_JUDGE_KEY"], 1.0):
+        worker = start({"kind": "function", "function": "mine.py:f"}, directory=tmp_path, reward_env=names)
+        (scored,) = worker.score([group(1, completion([3], "x"))])
+        assert scored.trajectories[0].reward == expected
 
 
 def test_only_failures_and_nothing_at_all(start):

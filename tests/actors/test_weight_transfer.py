@@ -325,6 +325,22 @@ def test_cached_prefixes_of_old_weights_are_dropped(worker: Any, loop: LoopThrea
 
 
 @pytest.mark.integration
+def test_an_update_that_did_not_arrive_is_refused_below_the_tolerance(
+    worker: Any, loop: LoopThread, learner: Any
+) -> None:
+    """The file has the weights of before; the probe says that each log-probability moved by 0.005."""
+    version = worker._version + 1
+    loop.run(worker.load_weights(learner.publish(version)))
+    update = learner.publish(version + 1)
+    moved = tuple(tuple(value - 0.005 for value in row) for row in update.probe_logprobs)
+    message = f"rollout-0, weight version {version + 1}: the actor still runs the old weights: .*{version} on"
+    with pytest.raises(SyncRefused, match=message):
+        loop.run(worker.load_weights(replace(update, probe_logprobs=moved)))
+    assert worker._version == version
+    worker._refused = ""  # the engine's weights are in fact in order: let the tests below have it
+
+
+@pytest.mark.integration
 def test_a_wrong_probe_is_refused_by_name_for_good(worker: Any, loop: LoopThread, learner: Any) -> None:
     """Runs last: the engine then has weights that nobody vouches for."""
     version = worker._version + 1

@@ -64,6 +64,14 @@ def test_overrides_reach_tables_lists_and_plain_text() -> None:
         ('model.critic="elsewhere"', ["model.critic", 'ppo.value_model is "head"']),
         ("run.name=../../etc", ["run.name", "'../../etc'", "pattern"]),
         ("warmup.steps=5 task.demonstrations=0", []),
+        (
+            "warmup.steps=0 warmup.data=d.jsonl",
+            ["warmup.data = 'd.jsonl'", "warmup.steps = 0", "leave it out"],
+        ),
+        ("model.revision=main", ["model.revision = 'main'", "[model.scratch]", "leave it out"]),
+        ("reward.0.weight=nan", ["reward.0.weight = nan", "finite number"]),
+        ("sync.timeout_s=inf", ["sync.timeout_s = inf", "finite number"]),
+        ("cluster.object_store_gib=5000", ["cluster.object_store_gib = 5000", "1024"]),
     ],
 )
 def test_a_refusal_names_field_value_and_remedy(override: str, said: list[str]) -> None:
@@ -74,6 +82,14 @@ def test_a_refusal_names_field_value_and_remedy(override: str, said: list[str]) 
     assert str(refused.value).startswith("job.toml: ")
     for part in said:
         assert part in str(refused.value)
+
+
+def test_a_group_may_take_as_long_as_its_completions() -> None:
+    children = "".join(f'[[reward]]\nkind = "regex"\nname = "{name}"\npattern = "x"\n' for name in "ab")
+    # 8 completions · 10 s · 2 rewards in child processes = 160 s; the task's own reward takes none.
+    parse_config(GOOD + children, ["scoring.timeout_s=160"])
+    with pytest.raises(ConfigError, match=r"scoring\.timeout_s = 159.*set it to 160 or more"):
+        parse_config(GOOD + children, ["scoring.timeout_s=159"])
 
 
 def test_two_rewards_of_one_name_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from cluster.data import (
     split_heldout,
 )
 from cluster.scratch import build_tokenizer
+from rewards.build import check_row
+from rewards.settings import RewardSettings
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz 0123456789:,{}[]\"<>|/'A\n"
 GOOD = [{"prompt": f"say {word}", "answer": word} for word in ("one", "two", "three", "four", "five")]
@@ -77,7 +80,6 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "null prompt": (b'{"prompt": null}', "missing column"),
     "prompt a number": (b'{"prompt": 7}', "wrong type"),
     "prompt an object": (b'{"prompt": {"content": "x"}}', "wrong type"),
-    "answer an object": (b'{"prompt": "x", "answer": {"a": 1}}', "wrong type"),
     "message a text": (b'{"prompt": ["hi"]}', "wrong type"),
     "message without role": (b'{"prompt": [{"content": "hi"}]}', "wrong type"),
     "message with parts": (b'{"prompt": [{"role": "user", "content": [1]}]}', "wrong type"),
@@ -125,8 +127,8 @@ def test_every_line_is_accounted_for(tmp_path: Path, tokenizer: Any) -> None:
     rows = [GOOD[0], b"", b"nonsense", *GOOD[1:4], b"  ", b'{"a": 1}', GOOD[4]]
     data, _ = load(tmp_path, tokenizer, write(tmp_path / "d.jsonl", rows), max_rows=3)
     counts = data.train.counts
-    # Lines 1, 4, 5 are good; 2 and 7 blank; 3 not JSON; 6, 8 and 9 come after the third good row.
-    assert (counts.lines, counts.good, counts.blank, counts.unread) == (9, 3, 2, 3)
+    # Lines 1, 4, 5 are good; 2 blank; 3 not JSON; reading stops at the third good row, before line 6.
+    assert (counts.lines, counts.good, counts.blank) == (5, 3, 1)
     assert counts.quarantined == {"not JSON": 1}
     assert len(data.train.prompts) + len(data.heldout.prompts) == counts.good
 
@@ -250,7 +252,7 @@ def test_a_hub_name_that_the_hub_does_not_give_is_a_quick_error(
 
 def one(tmp_path: Path, tokenizer: Any, row: dict[str, Any], **settings: Any) -> Prompt:
     file = write(tmp_path / "one.jsonl", [row])
-    heldout = write(tmp_path / "other.jsonl", [{"prompt": "other"}])
+    heldout = write(tmp_path / "other.jsonl", [{settings.get("prompt_column", "prompt"): "other"}])
     data, _ = load(tmp_path, tokenizer, file, heldout=str(heldout), max_length=200, **settings)
     return data.train.prompts[0]
 
@@ -285,8 +287,8 @@ def test_chat_templates(
     case: tuple[Any, dict[str, Any], str | None, str], tmp_path: Path, chat_tokenizer: Any
 ) -> None:
     value, settings, rendered, text = case
-    prompt = one(tmp_path, chat_tokenizer, {"prompt": value}, **settings)
-    assert prompt.text == text
+    prompt = one(tmp_path, chat_tokenizer, {"question": value}, prompt_column="question", **settings)
+    assert (prompt.text, prompt.source) == (text, value)
     if rendered is None:  # the text as it is, with the tokenizer's BOS
         assert prompt.token_ids == tuple(chat_tokenizer("hi")["input_ids"])
     else:  # the template writes its own special tokens: no second BOS
@@ -330,12 +332,30 @@ def test_no_room_for_a_prompt_is_refused(tmp_path: Path, tokenizer: Any) -> None
         load(tmp_path, tokenizer, file, max_new_tokens=40)
 
 
-def test_columns_that_rewards_need_are_required(tmp_path: Path, tokenizer: Any) -> None:
-    rows = [*GOOD, {"prompt": "x"}, {"prompt": "y", "answer": ["1", 2]}, {"prompt": "z", "answer": None}]
+def test_what_rewards_need_is_required_and_what_nothing_reads_is_not(tmp_path: Path, tokenizer: Any) -> None:
+    answers: list[Any] = [["1", 2], None, {"a": 1}, True, " ", "forty", 42]
+    rows = [*({"prompt": "p", "answer": 1} for _ in range(2)), {"prompt": "x"}]
+    rows += [{"prompt": f"q {i}", "answer": answer} for i, answer in enumerate(answers)]
     file = write(tmp_path / "d.jsonl", list(rows))
-    _, quarantine = load(tmp_path, tokenizer, file, required_columns=["answer"])
-    assert put_aside(quarantine) == [(6, "missing column"), (8, "missing column")]
+    # Row 3 has no answer, rows 4 to 10 have those above: null is missing, only the last one is a number.
+    missing, bad = [(3, "missing column"), (5, "missing column")], [4, 6, 7, 8, 9]
+    rewards = [RewardSettings(kind="numeric")]
+    _, quarantine = load(
+        tmp_path, tokenizer, file, required_columns=["answer"], check_row=partial(check_row, rewards)
+    )
+    assert put_aside(quarantine) == sorted([*missing, *((line, "bad answer") for line in bad)])
+    assert "holds no number: 'forty'" in quarantine.path.read_text()
     _, quarantine = load(tmp_path, tokenizer, file)
+    assert put_aside(quarantine) == []
+
+
+def test_an_unknown_token_that_is_also_the_end_token_refuses_no_text(tmp_path: Path) -> None:
+    shared = build_tokenizer(ALPHABET, 256)
+    rows = [*GOOD, {"prompt": "日"}]
+    _, quarantine = load(tmp_path, shared, write(tmp_path / "d.jsonl", list(rows)))
+    assert put_aside(quarantine) == [(6, "unknown token")]
+    shared.eos_token = "<unk>"  # as GPT-2's tokenizer has it
+    _, quarantine = load(tmp_path, shared, tmp_path / "d.jsonl")
     assert put_aside(quarantine) == []
 
 
@@ -436,6 +456,16 @@ def test_demonstrations_end_with_the_end_token(tmp_path: Path, tokenizer: Any) -
     assert put_aside(quarantine) == list(zip([3, 4, 5, 6, 8], reasons, strict=True))
 
 
+def test_demonstrations_of_held_out_prompts_are_put_aside(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": prompt, "completion": "c"} for prompt in ("ab", "a", "ab")]
+    quarantine = Quarantine(tmp_path / "q.jsonl")
+    taken = frozenset({tuple(tokenizer("ab")["input_ids"])})
+    file = write(tmp_path / "d.jsonl", list(rows))
+    pairs = load_demonstrations(file, tokenizer, 8, quarantine=quarantine, taken=taken)
+    assert [prompt for prompt, _ in pairs] == [tuple(tokenizer("a")["input_ids"])]
+    assert put_aside(quarantine) == [(1, "in held-out set"), (3, "in held-out set")]
+
+
 def test_demonstrations_without_a_good_row_are_an_error(tmp_path: Path, tokenizer: Any) -> None:
     file = write(tmp_path / "d.jsonl", [{"prompt": "a"}])
     with pytest.raises(ValueError, match=r"warmup\.data = .*d\.jsonl.* \(1 × missing column\)"):
@@ -484,6 +514,7 @@ def test_a_restored_cursor_goes_on_as_if_nothing_had_happened(taken: int) -> Non
         (PromptCursor(prompts(11), seed=1), "size"),
         (PromptCursor(prompts(10), seed=1, shuffle=False), "shuffle"),
         (PromptCursor([*prompts(9), Prompt("train:9", (77,), "x")], seed=1), "sha256"),
+        (PromptCursor([*prompts(9), Prompt("train:9", (9,), "9", {"answer": 2})], seed=1), "sha256"),
     ],
 )
 def test_a_state_of_other_data_is_refused(changed: PromptCursor, field: str) -> None:

@@ -119,3 +119,11 @@ def test_controller_by_hand() -> None:
     # KL −3 (a k1 estimate can be negative): error clipped at −0.2.
     assert controller.after(-3.0, 100).coef == pytest.approx(0.098)
     assert KLController(0.1, target=6.0, horizon=None).after(9.0, 100).coef == 0.1
+
+
+def test_controller_never_turns_the_penalty_into_a_reward() -> None:
+    """n = 100·horizon: n/horizon counts as 1, so β = 0.1·(1 ∓ 0.2); uncut, 1 − 0.2·100 is negative."""
+    controller = KLController(0.1, target=6.0, horizon=10)
+    assert controller.after(-3.0, 1000).coef == pytest.approx(0.08)
+    assert controller.after(60.0, 1000).coef == pytest.approx(0.12)
+    assert controller.after(-3.0, 10).coef == pytest.approx(0.08)  # n = horizon is where the cut begins

@@ -68,6 +68,39 @@ def test_first_step_of_an_on_policy_batch(llama: str, value_model: str) -> None:
     assert ("optimizer/critic_grad_norm" in metrics) == (value_model == "critic")
 
 
+def test_log_probabilities_are_those_at_the_sampling_temperature(llama: str) -> None:
+    """Sampler and reference are the policy at 0.7, so a learner at 0.7 sees no difference, one at 1 does."""
+    groups = make_groups(llama, temperature=0.7)
+    (same,) = in_one_rank(make_job(llama, temperature=0.7), lambda worker: take_steps(worker, [groups]))
+    assert same["mismatch/abs_logprob_difference"] == pytest.approx(0.0, abs=1e-5)
+    assert same["kl/token"] == pytest.approx(0.0, abs=1e-5)
+    assert same["ppo/first_ratio_deviation"] < 1e-5
+    (other,) = in_one_rank(make_job(llama), lambda worker: take_steps(worker, [groups]))
+    assert other["mismatch/abs_logprob_difference"] > 0.05
+    assert abs(other["kl/token"]) > 0.01
+
+
+def gradient_norm(path: str, groups: list[Group], **ppo: Any) -> float:
+    """Of the first update, by the policy's loss alone."""
+    alone = {"value_coef": 0.0, "kl_coef": 0.0, "whiten_advantages": False}
+    job = make_job(path, ppo=alone | ppo, optimizer={"max_grad_norm": 1e6})
+    (metrics,) = in_one_rank(job, lambda worker: take_steps(worker, [groups]))
+    return metrics["optimizer/grad_norm"]
+
+
+def test_importance_weights_reach_the_loss(llama: str) -> None:
+    """log μ = log π + 0.1 weighs every token with e^−0.1, and so the gradient; a cap of 0 is no weight.
+
+    log μ = log π − 1 would weigh with e, cut off at 2.
+    """
+    plain = gradient_norm(llama, make_groups(llama))
+    shifted = make_groups(llama, sampler_shift=0.1)
+    assert plain > 0
+    assert gradient_norm(llama, shifted) / plain == pytest.approx(math.exp(-0.1), rel=1e-4)
+    assert gradient_norm(llama, shifted, importance_cap=0.0) / plain == pytest.approx(1.0, rel=1e-4)
+    assert gradient_norm(llama, make_groups(llama, sampler_shift=-1.0)) / plain == pytest.approx(2, rel=1e-4)
+
+
 def test_packing_and_micro_batches_change_nothing(llama: str) -> None:
     """All in one micro-batch, or (almost) every sequence in one of its own; logits of 3 tokens at a time
     and activations recomputed: the same loss and weights.
@@ -196,6 +229,23 @@ def test_published_weights_are_the_present_ones_and_come_with_their_probe(qwen2:
     assert not Path(update.payload["path"]).exists()  # `stop` left nothing behind
 
 
+def test_over_nccl_the_publisher_gives_the_address_that_other_nodes_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    import learner.publish
+
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.1.2.3")
+    monkeypatch.setattr(learner.publish, "WeightPublisher", lambda _, **options: given.append(options))
+    worker = LearnerWorker(0, 1, make_job("nowhere"))
+    worker.open_publisher("nccl", "test", [[1, 2]], {"engines": 2})
+    worker.open_publisher("shared", "test", [[1, 2]])
+    assert (given[0]["address"], given[0]["engines"]) == ("10.1.2.3", 2)
+    assert "address" not in given[1]
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_a_bad_gradient_is_refused_and_leaves_the_weights(llama: str, zero_stage: int) -> None:
     """An infinite advantage (a reward beyond float32) makes an infinite gradient."""
@@ -207,7 +257,9 @@ def test_a_bad_gradient_is_refused_and_leaves_the_weights(llama: str, zero_stage
 
     def work(worker: LearnerWorker) -> Any:
         before = weights_of(worker)
-        with pytest.raises(NonFiniteGradientError, match="policy: the gradient of update 0 is not finite"):
+        with pytest.raises(
+            NonFiniteGradientError, match=r"policy: the gradient of update 0 is not finite.*earlier updates"
+        ):
             worker.step(groups, 0)
         return before, weights_of(worker)
 
@@ -233,9 +285,12 @@ def test_steps_come_in_order(llama: str) -> None:
 
 
 def test_warmup_learns_and_leaves_fresh_optimizer_state(llama: str) -> None:
-    """Loss on a constant demonstration falls; its first value is the model's own −mean log π."""
+    """Loss on a constant demonstration falls; its first value is the model's own −mean log π.
+
+    That is at temperature 1, whatever the sampling temperature.
+    """
     batch = [((1, 2), (3, 4, 5)), ((6,), (7, 8))]
-    job = make_job(llama, warmup={"steps": 20, "lr": 1e-2}, ppo={"value_model": "critic"})
+    job = make_job(llama, warmup={"steps": 20, "lr": 1e-2}, ppo={"value_model": "critic"}, temperature=0.5)
 
     def work(worker: LearnerWorker) -> Any:
         rows = worker.warmup_updates([batch] * 12) + worker.warmup_updates([batch] * 8)

@@ -44,8 +44,9 @@ def make_groups(
     seed: int = 0,
     reference_shift: float = 0.0,
     sampler_shift: float = 0.0,
+    temperature: float = 1.0,
 ) -> list[Group]:
-    """Groups of random responses whose sampler and reference are the model itself, moved by constants."""
+    """Groups of random responses; sampler and reference are the model itself, moved by constants."""
     draw = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, count: int) -> tuple[int, ...]:
@@ -57,7 +58,9 @@ def make_groups(
         drawn.append((prompt, [integers(0, VOCABULARY, integers(1, 7, 1)[0]) for _ in range(size)]))
     model = load_causal_model(path, dtype="float32", attention="sdpa", device="cpu")
     pairs = [(prompt, response) for prompt, responses in drawn for response in responses]
-    logprobs = response_logprobs(model, pairs, temperature=1.0, micro_batch_tokens=512, chunk_tokens=64)
+    logprobs = response_logprobs(
+        model, pairs, temperature=temperature, micro_batch_tokens=512, chunk_tokens=64
+    )
     flat = iter(logprobs)
     result = []
     for number, (prompt, responses) in enumerate(drawn):

@@ -5,7 +5,7 @@ from decimal import Decimal
 import pytest
 
 from rewards.base import RewardError, RewardRequest, Score
-from rewards.build import CombinedReward, build_reward, check_rewards, required_columns
+from rewards.build import CombinedReward, build_reward, check_rewards, check_row, required_columns
 from rewards.final_number import close, last_number
 from rewards.settings import RewardSettings, TaskSettings
 
@@ -237,7 +237,6 @@ def test_reward_error_survives_a_trip_between_processes():
         ([{"kind": "exact"}, {"kind": "exact"}], "reward.name = 'exact' is used twice"),
         ([{"kind": "exact", "name": "a b"}], "reward.name = 'a b'"),
         ([{"kind": "exact", "name": "missing_eos_penalty"}], "none of missing_eos_penalty"),
-        ([{"kind": "exact", "weight": float("nan")}], "reward.weight = nan"),
         ([{"kind": "regex"}], "reward.pattern of 'regex' is missing"),
         ([{"kind": "regex", "pattern": "("}], r"reward.pattern = '\(' is not a regular expression"),
         ([{"kind": "exact", "pattern": "x"}], "reward.pattern = 'x' of 'exact' has no effect"),
@@ -275,3 +274,33 @@ def test_required_columns():
         {"kind": "function", "function": "m:f", "answer_column": "e"},
     ]
     assert required_columns([RewardSettings(**table) for table in tables]) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("kind", ["exact", "numeric", "regex"])
+@pytest.mark.parametrize("answer", [True, False, ["a"], {"a": 1}, None, "", " ", "4", "x", 4, 0, -0.5])
+def test_a_row_is_refused_exactly_where_the_grader_could_not_score_it(kind, answer):
+    pattern = "(x)" if kind == "regex" else ""
+    table = RewardSettings(kind=kind, pattern=pattern)
+    graded = score_one({"kind": kind, "pattern": pattern}, "4", answer=answer)
+    # By hand: only text that is not blank and numbers that are no flags; numeric wants a number in the text.
+    fine = answer in ("4", "x", -0.5) or (type(answer) is int)
+    fine = fine and not (kind == "numeric" and answer == "x")
+    assert isinstance(graded, Score) == fine
+    if fine:
+        check_row([table], {"answer": answer})
+    else:
+        with pytest.raises(ValueError, match="column 'answer'"):
+            check_row([table], {"answer": answer})
+
+
+def test_a_row_is_judged_by_every_reward_that_reads_it():
+    tables = [
+        {"kind": "exact"},
+        {"kind": "numeric", "answer_column": "number", "name": "n"},
+        {"kind": "regex", "pattern": "no group", "answer_column": "unread"},
+        {"kind": "function", "function": "m:f", "answer_column": "unread"},
+    ]
+    settings = [RewardSettings(**table) for table in tables]
+    check_row(settings, {"answer": "a", "number": 1})
+    with pytest.raises(ValueError, match="'number' holds no number: 'one'"):
+        check_row(settings, {"answer": "a", "number": "one"})

@@ -122,9 +122,10 @@ def load(folder):
     """Build a reward of `my_rewards.py`; all are closed at the end, and then nothing of them runs."""
     built = []
 
-    def build(function, timeout_s=10.0, memory_gib=4.0, **settings):
+    def build(function, timeout_s=10.0, memory_gib=4.0, environment=(), **settings):
         table = RewardSettings(kind="function", function=function, **settings)
-        reward = build_reward([table], None, timeout_s=timeout_s, memory_gib=memory_gib, directory=folder)
+        limits = {"timeout_s": timeout_s, "memory_gib": memory_gib, "environment": environment}
+        reward = build_reward([table], None, directory=folder, **limits)
         built.append(reward)
         return reward
 
@@ -264,9 +265,10 @@ def test_its_death_is_noticed_at_once_and_a_fresh_child_takes_over(load, complet
     # The deadline is far beyond the test's own: only noticing the death can answer in time.
     reward = load("my_rewards.py:act", timeout_s=10_000.0)
     before = child_pid(reward)
-    bad, good = ask(reward, completion, "fine")
+    bad, not_run = ask(reward, completion, "fine")
     assert message in bad.reason
-    assert good.value == 1.0
+    assert not_run.reason == "not run, because it hung or died on another completion of the same group"
+    assert ask(reward, "fine")[0].value == 1.0
     assert child_pid(reward) != before
 
 
@@ -291,7 +293,7 @@ def test_a_hang_costs_a_call_one_deadline_and_the_next_call_works(load):
     assert first.value == 1.0
     assert hung.reason == "it did not answer within 1 s and was killed (scoring.reward_timeout_s)"
     assert [r.reason for r in rest] == [
-        "not run, because it hung on another completion of the same group"
+        "not run, because it hung or died on another completion of the same group"
     ] * 2
     assert ask(reward, "fine")[0].value == 1.0
 
@@ -359,6 +361,16 @@ def test_secrets_are_kept_from_it(load, monkeypatch):
     assert score.components == {"f": 0.0, "f/HR_PLAIN": 1.0}
     assert child_environment({"wandb_api_key": "x", "HOME": "/h"}).keys() >= {"HOME", "OMP_NUM_THREADS"}
     assert "wandb_api_key" not in child_environment({"wandb_api_key": "x"})
+    assert child_environment({"TOKENIZERS_PARALLELISM": "false"})["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_a_secret_that_is_named_reaches_it(load, monkeypatch):
+    monkeypatch.setenv("HR_JUDGE_KEY", "value")
+    monkeypatch.setenv("HR_OTHER_KEY", "value")
+    (score,) = ask(load("my_rewards.py:act", name="f", environment=["HR_JUDGE_KEY"]), "secrets")
+    assert score.components == {"f": 0.0, "f/HR_JUDGE_KEY": 1.0}
+    with pytest.raises(ValueError, match=r"scoring\.reward_env names 'HR_UNSET_KEY', which is not set"):
+        load("my_rewards.py:act", environment=["HR_UNSET_KEY"])
 
 
 def test_the_memory_limit_is_the_one_given(load):
