@@ -1,6 +1,6 @@
 """The demo over several seeds: gain with its interval, wall-clock, peak memory. Writes demo_seeds.json.
 
-    python benchmarks/demo_seeds.py [--seeds 3]
+    python benchmarks/demo_seeds.py [--seeds 3] [--keep FOLDER]
 
 Memory is the proportional set size (PSS) of all processes of the run together, sampled every two seconds:
 shared pages count once.
@@ -75,9 +75,11 @@ def main() -> None:
     """Run the seeds one after another and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, help="keep the run folders here")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        runs = [run_demo(seed, Path(folder) / f"seed-{seed}") for seed in range(options.seeds)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        runs = [run_demo(seed, folder / f"seed-{seed}") for seed in range(options.seeds)]
     machine = {
         "cpu": cpu_model(),
         "cores": psutil.cpu_count(),
