@@ -56,7 +56,7 @@ def start_process_group(
     )
     deepspeed = _deepspeed()
     with _quiet():
-        # Its shared-memory collectives would be compiled here: a minute, and a C++ compiler. gloo does without.
+        # Its shared-memory collectives would be compiled here, for a minute; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend="gloo" if device == "cpu" else "nccl",
