@@ -61,7 +61,7 @@ window = 1
 threads = 2
 
 [optimizer]
-lr = 3e-4
+lr = 2e-4
 critic_lr = 5e-4
 warmup_updates = 10
 schedule = "linear"
