@@ -294,7 +294,7 @@ def test_a_killed_process_ends_the_run_and_is_named(start: Callable[..., Run], v
         (["--set", "rollout.group_size=5"], ["run.batch_size = 32", "rollout.group_size = 5"]),
         (["--resume"], ["--resume", "holds no run"]),
         (["--set", "reward.0.kind=function", "--set", "reward.0.function=absent.py:f"], ["absent.py"]),
-        (["--set", "task.length=20"], ["data.heldout", "over-long"]),
+        (["--set", "task.length=30"], ["data.heldout", "over-long"]),
     ],
 )
 def test_a_users_mistake_exits_with_2_and_one_message(
