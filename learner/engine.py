@@ -267,11 +267,9 @@ def _adam(module: nn.Module, learner: LearnerSettings, optimizer: OptimizerSetti
         "eps": optimizer.eps,
         "weight_decay": 0.0,
     }
-    if learner.cpu_offload:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, **options)
+    # Offloaded, the update runs on the CPU, where the fused kernel pays. DeepSpeed's own CPU Adam would be
+    # compiled at first use, and waits for ever on the lock of a compilation that was killed.
+    return torch.optim.AdamW(groups, fused=learner.cpu_offload, **options)
 
 
 def _config(
@@ -295,6 +293,7 @@ def _config(
         "gradient_clipping": optimizer.max_grad_norm if stage else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
     if learner.precision == "bfloat16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
