@@ -64,7 +64,7 @@ def engine_environment(spec: EngineSpec, owner_pid: int) -> dict[str, str | None
         "HEADRACE_ENGINE_OWNER_PID": str(owner_pid),
     }
     if spec.device == "cpu":
-        threads = str(max(1, int(spec.settings.cores)))
+        threads = str(spec.settings.threads or max(1, int(spec.settings.cores)))
         variables |= {
             # Several actors and the learner share a machine, so no engine binds itself to all of its cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",

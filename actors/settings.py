@@ -24,6 +24,9 @@ class RolloutSettings(Settings):
     )
     tensor_parallel: int = Field(1, ge=1, description="CUDA: GPUs of one engine.")
     cores: float = Field(0.5, gt=0, description="CPU cores that each actor asks Ray for.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU: threads of an engine; unset: `cores`, at least 1."
+    )
     enforce_eager: bool = Field(True, description="Do not compile or capture graphs (faster start).")
     start_timeout_s: float = Field(300, gt=0, description="Deadline for an engine to start, in seconds.")
     generate_timeout_s: float = Field(

@@ -61,10 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder of a run, finished or not")
     report.set_defaults(run=_report)
+
+    plan = commands.add_parser(
+        "plan",
+        help="simulate a job on a cluster that is not there yet, and choose its settings",
+        description="Simulate a job with the real scheduler, for several numbers of actors, windows and "
+        "publish intervals, and recommend some. Times come from a run (--run-dir) or a file (--model).",
+    )
+    plan.add_argument("config", type=Path, metavar="CONFIG.toml", help="the job to plan")
+    _add_overrides(plan)
+    _add_plan_options(plan)
+    plan.set_defaults(run=_plan)
     return parser
 
 
-def _add_job_options(command: argparse.ArgumentParser) -> None:
+def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
         dest="overrides",
@@ -73,8 +84,43 @@ def _add_job_options(command: argparse.ArgumentParser) -> None:
         metavar="section.key=value",
         help="override one setting; may be given many times",
     )
+
+
+def _add_job_options(command: argparse.ArgumentParser) -> None:
+    _add_overrides(command)
     command.add_argument(
         "--run-dir", type=Path, help="where everything is written (default: runs/NAME-DATE-TIME)"
+    )
+
+
+def _add_plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--run-dir", type=Path, help="take the times from this run's folder (rollouts.jsonl, metrics.jsonl)"
+    )
+    command.add_argument("--model", type=Path, help="take the times from a TOML file; docs/plan.md shows one")
+    command.add_argument(
+        "--set-model",
+        dest="model_overrides",
+        action="append",
+        default=[],
+        metavar="table.key=value",
+        help="override one value of --model; may be given many times",
+    )
+    command.add_argument("--actors", metavar="1,2,4", help="numbers of rollout actors to try")
+    command.add_argument("--windows", metavar="0,1,2,4,8,adaptive", help="values of S to try")
+    command.add_argument("--publish-every", metavar="1,2,4", help="publish intervals to try, in steps")
+    command.add_argument(
+        "--steps", type=int, default=0, help="learner steps to simulate (default: by the batch)"
+    )
+    command.add_argument(
+        "--cores",
+        type=float,
+        help="cores that learner, actors and scorers share; 0: each has its own (default: as calibrated, "
+        "or as in --model)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed of the simulated lengths and losses")
+    command.add_argument(
+        "--out", type=Path, default=Path("plan"), help="folder for plan.json, plan.png and workload.toml"
     )
 
 
@@ -103,6 +149,13 @@ def _report(options: argparse.Namespace) -> int:
     if not options.run_dir.is_dir():
         raise ValueError(f"RUN_DIR {options.run_dir}: there is no such folder; give the folder of a run")
     print(write_report(options.run_dir))
+    return EXIT_OK
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from cluster.plan_command import run_plan
+
+    run_plan(options)
     return EXIT_OK
 
 

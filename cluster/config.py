@@ -13,7 +13,14 @@ from cluster.data_settings import DataSettings
 from cluster.monitor_settings import MonitorSettings
 from cluster.scheduler import SchedulerSettings
 from cluster.scratch import check_shape
-from learner.settings import LearnerSettings, ModelSettings, OptimizerSettings, PPOSettings, WarmupSettings
+from learner.settings import (
+    CorrectionSettings,
+    LearnerSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PPOSettings,
+    WarmupSettings,
+)
 from rewards.build import check_rewards, uses_child
 from rewards.settings import RewardSettings, Settings, TaskSettings
 
@@ -30,6 +37,12 @@ class RunSettings(Settings):
         256, ge=1, description="Samples a learner step; a multiple of `rollout.group_size`."
     )
     evaluate_prompts: int = Field(256, ge=2, description="Held-out prompts in an evaluation, at most.")
+    evaluate_every: int = Field(
+        0,
+        ge=0,
+        description="Learner steps between held-out evaluations, for which training pauses; 0: only before "
+        "and after.",
+    )
     evaluate_samples: int = Field(1, ge=1, description="Samples for each held-out prompt.")
     checkpoint_every: int = Field(
         50, ge=0, description="Learner steps between checkpoints; 0: only the last."
@@ -76,6 +89,7 @@ class JobConfig(Settings):
     learner: LearnerSettings = Field(default_factory=LearnerSettings)
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     ppo: PPOSettings = Field(default_factory=PPOSettings)
+    correction: CorrectionSettings = Field(default_factory=CorrectionSettings)
     sync: SyncSettings = Field(default_factory=SyncSettings)
     monitor: MonitorSettings = Field(default_factory=MonitorSettings)
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
@@ -92,7 +106,13 @@ class JobConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for rule in (*self._batch_rules(), *self._model_rules(), *self._data_rules(), self._scoring_rule()):
+        for rule in (
+            *self._batch_rules(),
+            *self._model_rules(),
+            *self._data_rules(),
+            *self._correction_rules(),
+            self._scoring_rule(),
+        ):
             if rule.broken:
                 raise ContradictionError(rule.field, rule.value, rule.remedy)
         if self.model.scratch is not None:
@@ -127,6 +147,13 @@ class JobConfig(Settings):
                 "learner.cpu_offload",
                 True,
                 f"needs learner.zero_stage 2 or 3, not {self.learner.zero_stage}",
+            ),
+            _Rule(
+                self.scheduler.publish_every > self.scheduler.largest_window + 1,
+                "scheduler.publish_every",
+                self.scheduler.publish_every,
+                f"would leave actors with weights too old for a window of {self.scheduler.largest_window}; "
+                f"set it to {self.scheduler.largest_window + 1} or less, or widen the window",
             ),
             _Rule(
                 self.learner.device == "cpu" and self.sync.backend in ("nccl", "ipc"),
@@ -196,6 +223,35 @@ class JobConfig(Settings):
             ),
         ]
 
+    def _correction_rules(self) -> list[_Rule]:
+        chosen, default = self.correction, CorrectionSettings()
+        idle = [
+            _Rule(
+                getattr(chosen, limit) != getattr(default, limit) and getattr(chosen, choice) not in uses,
+                f"correction.{limit}",
+                getattr(chosen, limit),
+                f'has no effect with correction.{choice} = "{getattr(chosen, choice)}"; set that to '
+                f'"{uses[0]}" or leave this at {getattr(default, limit)}',
+            )
+            for limit, choice, uses in _CORRECTION_LIMITS
+        ]
+        return [
+            _Rule(
+                chosen.ratio == "behaviour" and chosen.weights != "none",
+                "correction.weights",
+                chosen.weights,
+                'weighs by the sampler a second time: with correction.ratio = "behaviour" the ratio does so '
+                'already; set correction.weights to "none", or correction.ratio to "proximal"',
+            ),
+            _Rule(
+                chosen.vtrace_c > chosen.vtrace_rho,
+                "correction.vtrace_c",
+                chosen.vtrace_c,
+                f"is above correction.vtrace_rho = {chosen.vtrace_rho}; V-trace needs c̄ ≤ ρ̄: lower it",
+            ),
+            *idle,
+        ]
+
     def _scoring_rule(self) -> _Rule:
         """A group must be able to take as long as all its completions may, one after another."""
         children = sum(uses_child(one) for one in self.reward)
@@ -209,6 +265,21 @@ class JobConfig(Settings):
             f"completions and {children} function or regex reward(s); set it to {needed:g} or more, or lower "
             "scoring.reward_timeout_s",
         )
+
+
+_CORRECTION_LIMITS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("cap", "weights", ("tis", "sequence")),
+    ("icepop_low", "weights", ("icepop",)),
+    ("icepop_high", "weights", ("icepop",)),
+    ("sequence_cap", "mask", ("sequence",)),
+    ("geometric_low", "mask", ("geometric",)),
+    ("geometric_high", "mask", ("geometric",)),
+    ("m2_budget", "mask", ("m2po",)),
+    ("vtrace_rho", "value_target", ("vtrace",)),
+    ("vtrace_c", "value_target", ("vtrace",)),
+    ("damp_ess_target", "damp_lr_by_ess", ("sequence", "token")),
+)
+"""Limits in `[correction]`, the setting that each belongs to, and the values of it that use the limit."""
 
 
 class ContradictionError(ValueError):

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -58,6 +58,8 @@ def _sentence(text: str) -> str:
 
 def _type(annotation: Any) -> str:
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
     if origin is Literal:
         return " or ".join(f"`{value!r}`".replace("'", '"') for value in get_args(annotation))
     if origin in (Union, UnionType):

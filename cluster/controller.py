@@ -5,70 +5,55 @@
                     │                a version a       of the frozen          │ P groups ready,
                     │ room           token)            reference)             ▼ nobody's bound broken
               rollout actors ◄── publish weights ◄── learner step ◄──── scheduler.take
-              load and prove them
+              load and prove them       ▲                  │
+                                        └── adaptation: S, groups ahead, publish interval, by measurement
 
-Who waits for whom. A rollout actor waits only for room in the window (`_pump` fills every free slot whenever
-something changed). Scoring waits for sampled groups. The learner waits for P ready groups, and for a slow one
-only where its bound would otherwise break. Weights of step k load while step k + 1 may already be training;
-the next publish waits for them. With a window of 0 the same path is synchronous.
+Who waits for whom. A rollout actor waits only for room in the window (`Sampling.pump` fills every free slot
+whenever something changed). Scoring waits for sampled groups. The learner waits for P ready groups, and for a
+slow one only where its bound would otherwise break. Weights of step k load while step k + 1 may already be
+training; the next publish waits for them. With a window of 0 the same path is synchronous.
 
 A crash of any task ends all of them (asyncio.TaskGroup) with that one cause.
 """
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from actors.records import Group, Prompt, RewardFailure, SampleRequest, SyncProof, WeightUpdate
-from actors.waits import within
+from actors.records import Group, SyncProof, WeightUpdate
+from cluster.accounts import (
+    TakenGroup,
+    Totals,
+    WaitCause,
+    lag_split,
+    length_metrics,
+    pace_metrics,
+    reward_components,
+    sync_metrics,
+    wait_cause,
+)
+from cluster.adaptation import Adaptation
+from cluster.adaptive import Decision
 from cluster.config import JobConfig
-from cluster.data import PromptCursor
 from cluster.learner_group import LearnerGroup
-from cluster.remote import WorkerFailedError
-from cluster.rollout_pool import RolloutActor, RolloutPool
-from cluster.scheduler import Admission, Scheduler
-from cluster.scoring_pool import BATCH_GROUPS, ScoringPool
-
-_RECENT_GROUPS = 64  # over which the share of reward errors is watched
+from cluster.rollout_pool import RolloutActor
+from cluster.sampling import Sampling
 
 
 class StalledError(RuntimeError):
     """Nothing is under way and nothing can start: a defect, reported instead of waiting for ever."""
 
 
-class RewardErrorsError(RuntimeError):
-    """Too many groups in a row could not be scored: the reward is broken."""
-
-
-@dataclass(slots=True)
-class Totals:
-    """What a run has done so far; saved with each checkpoint so that a resumed run goes on counting."""
-
-    tokens_generated: int = 0
-    tokens_trained: int = 0
-    groups_dispatched: int = 0
-    groups_trained: int = 0
-    groups_dropped: int = 0
-    lag_sum: float = 0.0
-    lag_max: int = 0
-    learner_wait_s: float = 0.0
-    train_s: float = 0.0
-    sync_s: float = 0.0
-    syncs: int = 0
-    sync_probe_max_abs_diff: float = 0.0
-    padding_sum: float = 0.0
-    steps: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One learner step as the monitor gets it: a flat row, and the groups that were trained on."""
+    """One learner step as the monitor gets it: a flat row, the groups it trained on, and their times."""
 
     step: int
     row: dict[str, float]
     groups: list[Group]
+    trace: list[dict[str, Any]]
 
 
 @dataclass(slots=True)
@@ -76,28 +61,20 @@ class Hooks:
     """What the controller tells the outside: called in its own task, in the order of steps."""
 
     on_step: Callable[[StepReport], None]
-    on_reward_error: Callable[[RewardFailure], None]
     on_checkpoint: Callable[[int], Awaitable[None]]
-
-
-def reward_components(groups: list[Group]) -> dict[str, float]:
-    """Mean of every reward, and of every number it logs beside, over the samples that have it."""
-    values: dict[str, list[float]] = {}
-    for group in groups:
-        for trajectory in group.trajectories:
-            for label, value in trajectory.components.items():
-                values.setdefault(f"reward/{label}", []).append(value)
-    return {label: sum(found) / len(found) for label, found in values.items()}
+    on_evaluate: Callable[[], Awaitable[Mapping[str, float]]]
+    on_decision: Callable[[Decision], None]
 
 
 @dataclass(slots=True)
-class _Work:
-    """A group under way."""
+class _Step:
+    """A learner step on its way to its report; `moments` are seconds since the run began."""
 
-    prompt: Prompt
-    attempts: int = 0
-    failed_on: set[str] = field(default_factory=set)
-    scored: Group | None = None
+    number: int
+    taken: list[TakenGroup]
+    waits: dict[WaitCause, float]
+    moments: dict[str, float]
+    row: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -105,200 +82,177 @@ class Controller:
     """Runs learner steps until the configured number is reached or a stop is asked for."""
 
     config: JobConfig
-    scheduler: Scheduler
-    cursor: PromptCursor
-    rollouts: RolloutPool
-    scoring: ScoringPool
+    sampling: Sampling
     learner: LearnerGroup
+    adaptation: Adaptation
     hooks: Hooks
-    totals: Totals = field(default_factory=Totals)
-    requeued: deque[Prompt] = field(default_factory=deque)
+    totals: Totals
     stopping: bool = False
-    _work: dict[int, _Work] = field(default_factory=dict)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _recent_failures: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT_GROUPS))
     _idle_reported: float = 0.0
     _tasks: asyncio.TaskGroup | None = None
-    _group_tasks: "set[asyncio.Task[None]]" = field(default_factory=set)
     _syncing: "asyncio.Task[None] | None" = None
+    _published: int = 0
+    _load_seconds: float = 0.0
+    _paused_seconds: float = 0.0
+    _began: float = 0.0
 
     @property
     def running(self) -> bool:
         """Whether `run` has begun and not ended."""
         return self._tasks is not None
 
+    @property
+    def step(self) -> int:
+        """Learner steps begun so far."""
+        return self.sampling.scheduler.step
+
     def request_stop(self) -> None:
         """Finish the step that is running, then return from `run`."""
-        self.stopping = True
-        self._changed.set()
-
-    def pending_prompts(self) -> list[str]:
-        """Ids of the prompts that were dispatched and are not trained yet, oldest first."""
-        return [work.prompt.id for _, work in sorted(self._work.items())] + [p.id for p in self.requeued]
+        self.stopping = self.sampling.stopping = True
+        self.sampling.changed.set()
 
     async def run(self) -> None:
         """Train until done, on actors that are started, hold the learner's weights and are being served.
 
         Raises the first cause of any failure, after cancelling everything else.
         """
-        for actor in self.rollouts.actors:
+        self._began = time.perf_counter()
+        self._published = self.step
+        for actor in self.sampling.rollouts.actors:
             actor.reset_idle()
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            self._pump()
+            self.sampling.start(tasks, self._began)
             await self._train()
-            for task in self._group_tasks:
-                task.cancel()
+            self.sampling.stop()
         self._tasks = None
 
-    # ---- sampling and scoring ------------------------------------------------------------------------------
-
-    def _pump(self) -> None:
-        """Give work to every free slot that the scheduler admits. Called after whatever may make room."""
-        refused: set[str] = set()
-        while not self.stopping:
-            free = [actor for actor in self.rollouts.by_load() if actor.remote.name not in refused]
-            if not free:
-                break
-            admission = self.scheduler.admit(free[0].version)
-            if not isinstance(admission, Admission):
-                refused.add(free[0].remote.name)
-                continue
-            prompt = self.requeued.popleft() if self.requeued else self.cursor.next()
-            self._work[admission.group_id] = _Work(prompt)
-            self.totals.groups_dispatched += 1
-            self._dispatch(admission.group_id, free[0])
-        self._changed.set()
-
-    def _dispatch(self, group_id: int, actor: RolloutActor) -> None:
-        assert self._tasks is not None
-        task = self._tasks.create_task(self._sample_and_score(group_id, actor))
-        self._group_tasks.add(task)
-        task.add_done_callback(self._group_tasks.discard)
-
-    async def _sample_and_score(self, group_id: int, actor: RolloutActor) -> None:
-        """The life of one group. Consumes: an admission. Waits for: its actors. Produces: a ready group.
-
-        A sample that its actor failed to give is asked for again, up to `rollout.max_attempts` times.
-        """
-        work = self._work[group_id]
-        work.attempts += 1
-        try:
-            sampled = await self.rollouts.sample(actor, self._request(group_id, work.prompt))
-        except WorkerFailedError:
-            if work.attempts >= self.config.rollout.max_attempts:
-                raise
-            work.failed_on.add(actor.remote.name)
-            await self._redispatch(group_id)
-            return
-        self.totals.tokens_generated += sum(len(c.token_ids) for c in sampled.completions)
-        scored = await self.scoring.score(sampled)
-        if isinstance(scored, RewardFailure):
-            self._leave_out(group_id, scored)
-        else:
-            work.scored = scored
-            self.scheduler.complete(group_id, scored.oldest_version)
-            self._recent_failures.append(False)
-        self._pump()
-
-    async def _redispatch(self, group_id: int) -> None:
-        """Sample a lost group again, on an actor whose weights are new enough, another one if possible."""
-        failed_on = self._work[group_id].failed_on
-        while True:
-            for actor in sorted(self.rollouts.by_load(), key=lambda actor: actor.remote.name in failed_on):
-                if self.scheduler.redispatch(group_id, actor.version):
-                    self._dispatch(group_id, actor)
-                    return
-            await self._change(f"an actor that can sample group {group_id} again")
-
-    def _request(self, group_id: int, prompt: Prompt) -> SampleRequest:
-        rollout = self.config.rollout
-        return SampleRequest(
-            group_id, prompt, rollout.group_size, rollout.max_new_tokens, rollout.temperature
-        )
-
-    def _leave_out(self, group_id: int, failure: RewardFailure) -> None:
-        """Count and log a group that could not be scored; another one takes its place."""
-        del self._work[group_id]
-        self.scheduler.drop(group_id)
-        self.totals.groups_dropped += 1
-        self.hooks.on_reward_error(failure)
-        recent = self._recent_failures
-        recent.append(True)
-        share = sum(recent) / _RECENT_GROUPS
-        if share >= self.config.scoring.max_error_fraction:
-            raise RewardErrorsError(
-                f"{sum(recent)} of the last {len(recent)} groups had a reward error, which reaches "
-                f"scoring.max_error_fraction = {self.config.scoring.max_error_fraction} of {_RECENT_GROUPS}. "
-                f"The last one, reward {failure.reward!r} on prompt {failure.prompt_id}: {failure.reason}"
-            )
+    def _now(self) -> float:
+        return time.perf_counter() - self._began
 
     # ---- training ------------------------------------------------------------------------------------------
 
     async def _train(self) -> None:
-        """Consumes: ready groups. Waits for: P of them. Produces: weights. Unblocked by: `_pump`."""
-        assert self._tasks is not None
-        while self.scheduler.step < self.config.run.steps and not self.stopping:
-            started = time.perf_counter()
-            await self._until_ready()
+        """Consumes: ready groups. Waits for: P of them. Produces: weights. Unblocked by: `Sampling.pump`."""
+        scheduler = self.sampling.scheduler
+        last = self._now()
+        while scheduler.step < self.config.run.steps and not self.stopping:
+            began = self._now()
+            waits = await self._until_ready()
             if self.stopping:
                 break
-            waited = time.perf_counter() - started
-            step = self.scheduler.step
-            groups = [self._take(group_id) for group_id in self.scheduler.take()]
-            self._pump()
-            row = await self.learner.step(groups, step)
-            row |= {"wait/learner_s": waited, "timing_s/step": time.perf_counter() - started}
-            await self._previous_sync()
-            update = await self.learner.publish(step + 1)
-            self._syncing = self._tasks.create_task(self._sync_and_report(update, row, groups))
-            self._syncing.add_done_callback(lambda _: self._changed.set())
-            every = self.config.run.checkpoint_every
-            if every and (step + 1) % every == 0:
-                await self._previous_sync()
-                await self.hooks.on_checkpoint(step + 1)
-            self.totals.train_s += time.perf_counter() - started
+            step = _Step(scheduler.step, self.sampling.take(), waits, {"wait_from_s": began})
+            ready_left = scheduler.queued
+            step.moments["train_from_s"] = self._now()
+            step.row = await self.learner.step([one.group for one in step.taken], step.number)
+            step.moments["train_to_s"] = self._now()
+            # From one step's end to the next: what a step takes, publishing included.
+            period, last = self._now() - last, self._now()
+            self._adapt(step, ready_left, period)
+            await self._publish(step)
+            self.totals.waited(step.waits)
+            self.totals.train_s += self._now() - began
+            last += await self._pause(step.number + 1)
         await self._previous_sync()
+
+    async def _until_ready(self) -> dict[WaitCause, float]:
+        """Wait until the next step may start, or a stop was asked for; gives the seconds waited by cause."""
+        scheduler, waits = self.sampling.scheduler, dict.fromkeys(WaitCause, 0.0)
+        while not scheduler.ready() and not self.stopping:
+            loading = self._syncing is not None and not self._syncing.done()
+            if scheduler.in_flight == 0 and not loading:
+                raise StalledError(
+                    f"step {scheduler.step} has {scheduler.queued} of the {self.config.groups_per_step} "
+                    f"groups it needs, and none is being sampled: {self.sampling.refusal.value}"
+                )
+            enough = scheduler.queued >= self.config.groups_per_step
+            cause = wait_cause(enough_ready=enough, refusal=self.sampling.refusal)
+            since = self._now()
+            await self.sampling.change(f"groups for step {scheduler.step}")
+            waits[cause] += self._now() - since
+        return waits
+
+    def _adapt(self, step: _Step, ready_left: int, period: float) -> None:
+        """Let measurement set the window, the groups ahead and the publish interval, and say what it did."""
+        for decision in self.adaptation.after_step(
+            step.number + 1,
+            step.row,
+            step_seconds=period,
+            wait_seconds={cause.value: seconds for cause, seconds in step.waits.items()},
+            sync_seconds=self._load_seconds,
+            published=self._published == step.number,
+            ready_left=ready_left,
+        ):
+            self.hooks.on_decision(decision)
+        self.sampling.pump()
+
+    async def _publish(self, step: _Step) -> None:
+        """Send the weights out if they are due, once the last ones are proved; then the step is reported."""
+        assert self._tasks is not None
+        update: WeightUpdate | None = None
+        version = step.number + 1
+        due = self.sampling.scheduler.publish_due(self._published, self.adaptation.publish_every)
+        if due or self.stopping or self._evaluates(version):
+            since = self._now()
+            await self._previous_sync()
+            step.waits[WaitCause.SYNC] += self._now() - since
+            step.moments["publish_from_s"] = self._now()
+            update = await self.learner.publish(version)
+            step.moments["publish_to_s"] = self._now()
+            self._published = version
+        if self._evaluates(version):
+            # What is in flight comes back first, on the clock, so that sampling gains nothing by the pause.
+            await self.sampling.drain()
+        self._complete(step)
+        report = self._tasks.create_task(self._sync_and_report(self._syncing, update, step))
+        report.add_done_callback(lambda _: self.sampling.changed.set())
+        self._syncing = report
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.config.run.evaluate_every
+        return bool(every) and step % every == 0 and step < self.config.run.steps
+
+    async def _pause(self, step: int) -> float:
+        """Evaluate and save, where it is time to; gives the seconds that this took, which no step counts."""
+        every = self.config.run.checkpoint_every
+        saves = bool(every) and step % every == 0
+        if not saves and not self._evaluates(step):
+            return 0.0
+        since = self._now()
+        await self._previous_sync()  # and the evaluation that comes with it
+        if saves:
+            await self.hooks.on_checkpoint(step)
+        self.sampling.resume()
+        seconds = self._now() - since
+        self._paused_seconds += seconds
+        return seconds
+
+    # ---- weights -------------------------------------------------------------------------------------------
 
     async def _previous_sync(self) -> None:
         """Wait until every actor has proved the weights that were published last."""
         if self._syncing is not None:
             await self._syncing
 
-    def _take(self, group_id: int) -> Group:
-        group = self._work.pop(group_id).scored
-        assert group is not None, f"group {group_id} was taken before it was scored"
-        return group
-
-    async def _until_ready(self) -> None:
-        """Wait until the next step may start, or a stop was asked for."""
-        while not self.scheduler.ready() and not self.stopping:
-            loading = self._syncing is not None and not self._syncing.done()
-            if self.scheduler.in_flight == 0 and not loading:
-                raise StalledError(
-                    f"step {self.scheduler.step} has {self.scheduler.queued} of the "
-                    f"{self.config.groups_per_step} groups it needs, and none is being sampled"
-                )
-            await self._change(f"groups for step {self.scheduler.step}")
-
-    async def _change(self, what: str) -> None:
-        """Wait until anything changes. Its deadline is beyond every actor's own, so theirs come first."""
-        rollout, scoring = self.config.rollout, self.config.scoring
-        seconds = rollout.generate_timeout_s + scoring.timeout_s * BATCH_GROUPS + self.config.sync.timeout_s
-        under_way = ", ".join(map(str, sorted(self._work)[:8]))
-        self._changed.clear()
-        await within(
-            self._changed.wait(), 120 + seconds, f"the rollout and scoring actors (groups {under_way})", what
-        )
-
     async def _sync_and_report(
-        self, update: WeightUpdate, row: dict[str, float], groups: list[Group]
+        self, previous: "asyncio.Task[None] | None", update: WeightUpdate | None, step: _Step
     ) -> None:
-        """Have every actor load and prove the weights that a step left, and report the step."""
-        started = time.perf_counter()
-        proofs = await self.load_everywhere(update)
-        self._count(row, groups, proofs, time.perf_counter() - started)
-        self.hooks.on_step(StepReport(update.version, row, groups))
+        """Have every actor load and prove the weights that a step left, if it published; report the step."""
+        if previous is not None:
+            await previous  # reports stand in the order of steps
+        if update is not None:
+            since = self._now()
+            proofs = await self.load_everywhere(update)
+            seconds = self._now() - since
+            self.totals.synced(proofs, seconds)
+            step.row |= sync_metrics(proofs, seconds)
+            self._load_seconds = step.row["timing_s/sync_load"]  # an actor stalls while it loads, not after
+            step.moments["loaded_s"] = self._now()
+        if self._evaluates(step.number + 1):
+            step.row |= await self.hooks.on_evaluate()
+        moments: dict[str, Any] = {"learner_step": step.number + 1} | step.moments
+        trace = [*(one.trace for one in step.taken), moments]
+        self.hooks.on_step(StepReport(step.number + 1, step.row, [one.group for one in step.taken], trace))
 
     async def load_everywhere(self, update: WeightUpdate) -> list[SyncProof]:
         """Give new weights to every rollout actor; each loads and proves them, side by side.
@@ -307,54 +261,47 @@ class Controller:
         """
 
         async def load(actor: RolloutActor) -> SyncProof:
-            proof = await self.rollouts.load(actor, update)
-            if self._tasks is not None:
-                self._pump()
+            proof = await self.sampling.rollouts.load(actor, update)
+            self.sampling.pump()
             return proof
 
-        return await asyncio.gather(*(load(actor) for actor in self.rollouts.actors))
+        return await asyncio.gather(*(load(actor) for actor in self.sampling.rollouts.actors))
 
-    def _count(
-        self, row: dict[str, float], groups: list[Group], proofs: list[SyncProof], sync_seconds: float
-    ) -> None:
-        """Complete a step's row with what the controller measured, and add it to the totals."""
-        totals = self.totals
-        step_seconds = row["timing_s/step"]
-        tokens = sum(len(t.completion.token_ids) for group in groups for t in group.trajectories)
-        totals.steps += 1
-        totals.tokens_trained += tokens
-        totals.groups_trained += len(groups)
-        totals.learner_wait_s += row["wait/learner_s"]
-        totals.lag_sum += row["lag/mean"]
-        totals.lag_max = max(totals.lag_max, int(row["lag/max"]))
-        totals.padding_sum += row["perf/padding_fraction"]
-        totals.sync_s += sync_seconds
-        totals.syncs += 1
-        probe = max(proof.probe_max_abs_diff for proof in proofs)
-        totals.sync_probe_max_abs_diff = max(totals.sync_probe_max_abs_diff, probe)
+    # ---- the step's row ------------------------------------------------------------------------------------
+
+    def _complete(self, step: _Step) -> None:
+        """Add to a step's row what the controller measured, and the row to the totals."""
+        scheduler, totals, row = self.sampling.scheduler, self.totals, step.row
+        groups = [one.group for one in step.taken]
+        totals.trained(groups, row)
+        at = step.moments
+        publish = at.get("publish_to_s", 0.0) - at.get("publish_from_s", 0.0)
+        row |= pace_metrics(
+            groups,
+            step_s=self._now() - at["wait_from_s"],
+            busy_s=at["train_to_s"] - at["train_from_s"] + publish,
+            rollout_idle_s=self._rollout_idle_since_last_step(),
+            waits=step.waits,
+        )
         row |= {
-            "timing_s/sync": sync_seconds,
-            "timing_s/sync_load": max(proof.load_seconds for proof in proofs),
-            "timing_s/sync_probe": max(proof.probe_seconds for proof in proofs),
-            "timing_s/sample_mean": sum(g.sample_seconds for g in groups) / len(groups),
-            "timing_s/score_mean": sum(g.score_seconds for g in groups) / len(groups),
-            "sync/probe_max_abs_diff": probe,
-            "perf/tokens_per_s": tokens / step_seconds,
-            "scheduler/window": self.scheduler.window,
-            "scheduler/in_flight": self.scheduler.in_flight,
-            "scheduler/queued": self.scheduler.queued,
+            "timing_s/publish": publish,
+            "time/training_s": self._now() - self._paused_seconds,
+            "scheduler/window": scheduler.window,
+            "scheduler/publish_every": self.adaptation.publish_every,
+            **({} if scheduler.ahead is None else {"scheduler/ahead": scheduler.ahead}),
+            "scheduler/in_flight": scheduler.in_flight,
+            "scheduler/queued": scheduler.queued,
             "reward_errors": totals.groups_dropped,
             "tokens_generated": totals.tokens_generated,
             "tokens_trained": totals.tokens_trained,
-            "epoch": self.cursor.epoch,
-            "wait/rollout_s": self._rollout_idle_since_last_step(),
+            "epoch": self.sampling.cursor.epoch,
+            **lag_split(step.taken, step.number),
+            **length_metrics(totals),
             **reward_components(groups),
         }
-        row["perf/learner_wait_fraction"] = row["wait/learner_s"] / step_seconds
-        row["perf/rollout_wait_fraction"] = row["wait/rollout_s"] / step_seconds
 
     def _rollout_idle_since_last_step(self) -> float:
         """Seconds in which an actor had nothing to do since the last report, mean over actors."""
-        idle = self.rollouts.idle_seconds()
+        idle = self.sampling.rollouts.idle_seconds()
         since, self._idle_reported = idle - self._idle_reported, idle
         return since

@@ -137,11 +137,15 @@ async def evaluate(
 async def _sample(rollouts: RolloutPool, request: SampleRequest, attempts: int) -> SampledGroup:
     """Sample on the least busy actor, again where a live one failed."""
     for attempt in range(1, attempts + 1):
+        actor = rollouts.by_load()[0]
+        rollouts.slots.begin(actor.remote.name)
         try:
-            return await rollouts.sample(rollouts.by_load()[0], request)
+            return await rollouts.sample(actor, request)
         except WorkerFailedError:
             if attempt == attempts:
                 raise
+        finally:
+            rollouts.slots.end(actor.remote.name)
     raise AssertionError("rollout.max_attempts is at least 1")
 
 

@@ -1,9 +1,7 @@
 """The report's pictures: each function draws one from a run's data as SVG, or answers None without data."""
 
 import io
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -11,34 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from cluster.console import wait_fraction
-from cluster.report_data import Points, RunData
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8a94a0"
-INK = "#26323d"
-_MOST_POINTS = 800
-
-_STYLE: Any = {
-    "axes.edgecolor": "#b8c0c8",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 10,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
-    "grid.color": "#e6eaee",
-    "grid.linewidth": 0.8,
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "svg.hashsalt": "headrace",
-    "text.color": INK,
-    "xtick.color": "#55616c",
-    "ytick.color": "#55616c",
-}
+from cluster.drawing import BLUE, GREEN, INK, ORANGE, RED, STYLE, Draw, legend, thin, trend
+from cluster.figures_scheduler import draw_decisions, draw_drift, draw_lag_split, draw_wait_causes
+from cluster.report_data import RunData
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +24,11 @@ class Picture:
     svg: bytes
 
 
-Draw = Callable[[RunData, Axes], bool]
-
-
 def draw_all(run: RunData) -> list[Picture]:
     """Every picture that the run has data for, in the order of reading."""
     pictures = []
     for key, title, caption, draw in _PICTURES:
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context(STYLE):
             figure = Figure(figsize=(6.2, 3.3))
             figure.subplots_adjust(left=0.135, right=0.98, bottom=0.15, top=0.97)
             axes = figure.add_subplot()
@@ -74,28 +44,28 @@ def draw_all(run: RunData) -> list[Picture]:
 
 def _reward(run: RunData, axes: Axes) -> bool:
     heldout = run.heldout()
-    drawn = _trend(axes, run.points("reward/mean"), BLUE, "training samples")
+    drawn = trend(axes, run.points("reward/mean"), BLUE, "training samples")
     if heldout:
         xs, ys, halves = ([point[i] for point in heldout] for i in range(3))
         label = "held out, 95 % interval" if any(halves) else "held out"
         errors = halves if any(halves) else None
         axes.errorbar(xs, ys, errors, color=RED, fmt="o--", ms=5, lw=1.1, capsize=4, label=label, zorder=5)
     axes.set_ylabel("mean reward")
-    _legend(axes, "lower right")
+    legend(axes, "lower right")
     return drawn or bool(heldout)
 
 
 def _kl(run: RunData, axes: Axes) -> bool:
     axes.set_ylabel("KL to the reference\n(nats a sequence)")
-    return _trend(axes, run.points("kl/sequence"), BLUE)
+    return trend(axes, run.points("kl/sequence"), BLUE)
 
 
 def _length(run: RunData, axes: Axes) -> bool:
-    drawn = _trend(axes, run.points("length/mean"), BLUE, "mean")
+    drawn = trend(axes, run.points("length/mean"), BLUE, "mean")
     limit = run.setting("rollout.max_new_tokens")
     if drawn and limit and max(run.points("length/mean")[1]) > limit / 2:
         axes.axhline(limit, color=RED, ls="--", lw=1.2, label=f"limit, {limit}")
-        _legend(axes, "lower right")
+        legend(axes, "lower right")
     if drawn:
         axes.set_ylim(bottom=0)
         axes.margins(y=0.15)
@@ -105,20 +75,20 @@ def _length(run: RunData, axes: Axes) -> bool:
 
 def _entropy(run: RunData, axes: Axes) -> bool:
     axes.set_ylabel("entropy (nats a token)")
-    drawn = _trend(axes, run.points("policy/entropy"), BLUE)
+    drawn = trend(axes, run.points("policy/entropy"), BLUE)
     if drawn:
         axes.set_ylim(bottom=0)
     return drawn
 
 
 def _lag(run: RunData, axes: Axes) -> bool:
-    steps, largest = _thin(run.points("lag/max"), max)
-    mean = _thin(run.points("lag/mean"))
+    steps, largest = thin(run.points("lag/max"), max)
+    mean = thin(run.points("lag/mean"))
     if not steps and not mean[0]:
         return False
     axes.plot(steps, largest, color=ORANGE, lw=3.2, drawstyle="steps-mid", label="largest")
     axes.plot(*mean, color=BLUE, label="mean")
-    bound = _thin(run.points("scheduler/window"), max)
+    bound = thin(run.points("scheduler/window"), max)
     if not bound[0] and (window := run.setting("scheduler.window")) is not None:
         xs = steps or mean[0]
         bound = ([min(xs), max(xs)], [float(window)] * 2)
@@ -127,7 +97,7 @@ def _lag(run: RunData, axes: Axes) -> bool:
     axes.set_ylabel("lag of trained tokens\n(learner steps)")
     axes.set_ylim(-0.1, max([*largest, *mean[1], *bound[1], 1.0]) * 1.35)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(axes, "upper right", columns=3)
+    legend(axes, "upper right", columns=3)
     return True
 
 
@@ -142,7 +112,7 @@ def _timing(run: RunData, axes: Axes) -> bool:
         float(row.get("timing_s/learner_step") or max(0.0, float(row["timing_s/step"]) - wait - sync))
         for row, wait, sync in zip(rows, waits, syncs, strict=True)
     ]
-    parts = [_thin((xs, part)) for part in (trains, waits, syncs)]
+    parts = [thin((xs, part)) for part in (trains, waits, syncs)]
     labels = ("training", "waiting for samples", "weight sync and proof")
     axes.stackplot(
         parts[0][0],
@@ -157,7 +127,7 @@ def _timing(run: RunData, axes: Axes) -> bool:
     axes.set_ylim(0, 1.45 * totals[min(len(totals) - 1, int(0.97 * len(totals)))] or 1.0)
     axes.margins(x=0)
     axes.set_ylabel("time of a step (s)")
-    _legend(axes, "upper right")
+    legend(axes, "upper right")
     return True
 
 
@@ -167,19 +137,17 @@ def _waits(run: RunData, axes: Axes) -> bool:
         shares = [(row.get("learner_step"), wait_fraction(row)) for row in run.metrics]
         known = [(float(x), y) for x, y in shares if x is not None and y is not None]
         learner = [x for x, _ in known], [y for _, y in known]
-    drawn = _trend(axes, learner, BLUE, "learner, for samples")
-    drawn = (
-        _trend(axes, run.points("perf/rollout_wait_fraction"), ORANGE, "rollout actors, for room") or drawn
-    )
+    drawn = trend(axes, learner, BLUE, "learner, for samples")
+    drawn = trend(axes, run.points("perf/rollout_wait_fraction"), ORANGE, "rollout actors, for room") or drawn
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylabel("share of the time waiting")
-    _legend(axes, "upper right")
+    legend(axes, "upper right")
     return drawn
 
 
 def _proof(run: RunData, axes: Axes) -> bool:
-    xs, ys = _thin(run.points("sync/probe_max_abs_diff"), max)
+    xs, ys = thin(run.points("sync/probe_max_abs_diff"), max)
     if not xs:
         return False
     # Exactly equal is a value that a logarithm cannot show: it stands at the bottom.
@@ -191,7 +159,7 @@ def _proof(run: RunData, axes: Axes) -> bool:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(min(ys) / 5, run.tolerance * 30)
     axes.set_ylabel("largest |Δ log-probability|\n(nats)")
-    _legend(axes, "upper right", columns=2)
+    legend(axes, "upper right", columns=2)
     return True
 
 
@@ -199,13 +167,13 @@ def _mismatch(run: RunData, axes: Axes) -> bool:
     axes.set_ylabel("effective share of samples")
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    return _trend(axes, run.points("mismatch/ess"), BLUE)
+    return trend(axes, run.points("mismatch/ess"), BLUE)
 
 
 def _warmup(run: RunData, axes: Axes) -> bool:
     axes.set_xlabel("warm-up update")
     axes.set_ylabel("loss (nats a token)")
-    drawn = _trend(axes, run.points("warmup/loss", "warmup/step"), BLUE)
+    drawn = trend(axes, run.points("warmup/loss", "warmup/step"), BLUE)
     if drawn:
         axes.set_ylim(bottom=0)
     return drawn
@@ -223,53 +191,32 @@ _PICTURES: tuple[tuple[str, str, str, Draw], ...] = (
         "Stages of one learner step; a sync may overlap the next step.",
         _timing,
     ),
+    (
+        "lag_split",
+        "Where lag comes from",
+        "In queue: sampled too early. In flight: slow to sample.",
+        draw_lag_split,
+    ),
+    (
+        "decisions",
+        "What the scheduler decided",
+        "S rises while the learner waits, and falls when samples drift; decisions.jsonl has the reasons.",
+        draw_decisions,
+    ),
+    (
+        "wait_causes",
+        "What the learner waited for",
+        "None is best; docs/metrics.md says what mends each.",
+        draw_wait_causes,
+    ),
     ("waits", "Who waits", "Both low is best; the learner high: more actors or a wider window.", _waits),
     ("proof", "Proof of weight sync", "Actors against learner on a probe batch after each sync.", _proof),
     ("mismatch", "Effective sample size", "Near 100 %: samples are still on-policy.", _mismatch),
+    (
+        "drift",
+        "Mismatch by lag",
+        "The line starts at the engines' own difference; its slope is the drift of a learner step.",
+        draw_drift,
+    ),
     ("warmup", "Supervised warm-up", "Loss on demonstrations before reinforcement learning.", _warmup),
 )
-
-
-def _trend(axes: Axes, points: Points, color: str, label: str | None = None) -> bool:
-    """The values, and over them their moving mean where there are enough to need one."""
-    xs, ys = _thin(points)
-    if not xs:
-        return False
-    window = len(xs) // 12
-    if window < 2:
-        axes.plot(xs, ys, color=color, label=label, marker="o" if len(xs) < 3 else None)
-        return True
-    axes.plot(xs, ys, color=color, alpha=0.3, lw=1.0)
-    axes.plot(xs, moving_mean(ys, window), color=color, label=label)
-    return True
-
-
-def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean over `window` values to each side, fewer at the ends: ([0, 3, 6], 1) → [1.5, 3, 4.5]."""
-    means = []
-    for i in range(len(values)):
-        near = values[max(0, i - window) : i + window + 1]
-        means.append(sum(near) / len(near))
-    return means
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _thin(points: Points, combine: Callable[[Sequence[float]], float] = _mean) -> Points:
-    """At most `_MOST_POINTS` points: neighbours are put together by `combine`, so no peak need be lost."""
-    xs, ys = points
-    size = -(-len(xs) // _MOST_POINTS)
-    if size <= 1:
-        return xs, ys
-    starts = range(0, len(xs), size)
-    return [_mean(xs[i : i + size]) for i in starts], [combine(ys[i : i + size]) for i in starts]
-
-
-Place = Literal["best", "lower right", "upper right"]
-
-
-def _legend(axes: Axes, place: Place, columns: int = 1) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc=place, ncols=columns)

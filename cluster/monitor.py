@@ -1,6 +1,7 @@
 """Writes down what a run does: local files first, then the terminal and a copy in Weights & Biases.
 
     step(row) ─► metrics.jsonl ─► W&B ─► console          samples(step, rows) ─► samples.jsonl ─► W&B table
+    decision(row) ─► decisions.jsonl ─► console           trace(rows) ─► rollouts.jsonl
     warmup(row) ─► warmup.jsonl ─► W&B ─► console         event(text) ─► events.log ─► console
     summary(values) ─► summary.json ─► W&B
 
@@ -26,6 +27,7 @@ from cluster.redact import redact, scrub
 from cluster.wandb_copy import LEARNER_AXIS, WARMUP_AXIS, WandbCopy
 
 METRICS, WARMUP, SAMPLES = "metrics.jsonl", "warmup.jsonl", "samples.jsonl"
+DECISIONS, TRACE = "decisions.jsonl", "rollouts.jsonl"
 EVENTS, SUMMARY = "events.log", "summary.json"
 
 Value = float | int | None
@@ -59,13 +61,13 @@ class Monitor:
         self._strict = strict
         self._said: set[str] = set()
         self._unknown: Counter[str] = Counter()
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, DECISIONS, TRACE):
             _rewind(run_dir / name, 0 if resume_from is None else resume_from, fresh=resume_from is None)
         if resume_from is None:
             _rewind(run_dir / WARMUP, 0, fresh=True)
         self._files: dict[str, TextIO] = {
             name: (run_dir / name).open("a", encoding="utf-8", buffering=1)
-            for name in (METRICS, WARMUP, SAMPLES, EVENTS)
+            for name in (METRICS, WARMUP, SAMPLES, DECISIONS, TRACE, EVENTS)
         }
         self._console = make_console(settings.console, run_dir.name, total_steps)
         self._wandb = WandbCopy(run_dir, settings, config, self.event)
@@ -98,6 +100,16 @@ class Monitor:
         for row in rows:
             self._files[SAMPLES].write(dump({LEARNER_AXIS: step, **row}) + "\n")
         self._wandb.samples(step, rows)
+
+    def trace(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the times of a step and of its groups: what `headrace plan` calibrates itself on."""
+        for row in rows:
+            self._files[TRACE].write(dump(row) + "\n")
+
+    def decision(self, step: int, row: Mapping[str, Any], text: str) -> None:
+        """Keep one decision of the scheduler with its inputs, and say it."""
+        self._files[DECISIONS].write(dump({LEARNER_AXIS: step, **row}) + "\n")
+        self.event(text)
 
     def event(self, text: str) -> None:
         """A line for people: into events.log with the time, and onto the terminal."""

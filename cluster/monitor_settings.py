@@ -13,6 +13,9 @@ class MonitorSettings(Settings):
     console: Literal["auto", "live", "plain", "off"] = Field(
         "auto", description="auto: a live display on a terminal, a line a step elsewhere."
     )
+    trace: bool = Field(
+        True, description="Write rollouts.jsonl: when each group was sampled, scored and trained."
+    )
     samples_every: int = Field(
         10, ge=0, description="Learner steps between samples kept for reading; 0: only before and after."
     )

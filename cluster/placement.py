@@ -222,6 +222,7 @@ def learner_job(config: JobConfig, prepared: Prepared) -> LearnerJob:
         learner=config.learner,
         optimizer=config.optimizer,
         ppo=config.ppo,
+        correction=config.correction,
         warmup=config.warmup,
         temperature=config.rollout.temperature,
         seed=config.run.seed,

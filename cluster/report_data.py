@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from cluster.monitor import METRICS, SAMPLES, SUMMARY, WARMUP, read_rows
+from cluster.monitor import DECISIONS, METRICS, SAMPLES, SUMMARY, WARMUP, read_rows
 from cluster.redact import redact
 
 _TOLERANCES = {"float32": 0.01, "bfloat16": 0.25}  # what an unset `sync.tolerance` means
@@ -27,6 +27,7 @@ class RunData:
     warmup: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
     quarantined: Mapping[str, int]
+    decisions: Sequence[Mapping[str, Any]] = ()
 
     def points(self, name: str, axis: str = "learner_step") -> Points:
         """(x, y) of the rows that have a number under `name`."""
@@ -102,6 +103,7 @@ def load_run(run_dir: Path) -> RunData:
         warmup=list(read_rows(run_dir / WARMUP)),
         samples=list(read_rows(run_dir / SAMPLES)),
         quarantined=dict(reasons.most_common()),
+        decisions=list(read_rows(run_dir / DECISIONS)),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from actors.records import SampledGroup, SampleRequest, SyncProof, WeightUpdate
 from actors.rollout import EngineFacts
 from actors.settings import RolloutSettings, SyncSettings
+from cluster.dispatch import ActorSlots, Dispatcher
 from cluster.remote import Remote
 
 _LIVENESS_EVERY_S = 10.0
@@ -16,25 +17,30 @@ _LIVENESS_DEADLINE_S = 60.0
 
 @dataclass(slots=True)
 class RolloutActor:
-    """One actor: `version` is what it was last proved to hold, `in_flight` the groups it works on."""
+    """One actor: `slot` says how busy it is and which weights it was last proved to hold."""
 
     remote: Remote
-    version: int = -1
-    in_flight: int = 0
+    slot: ActorSlots
     idle_seconds: float = 0.0
+    _sampling: int = 0
     _idle_since: float | None = field(default_factory=time.perf_counter)
 
+    @property
+    def version(self) -> int:
+        """The weights that it was last proved to hold."""
+        return self.slot.version
+
     def begin(self) -> None:
-        """A group was given to the actor."""
-        self.in_flight += 1
+        """A group goes to the actor."""
+        self._sampling += 1
         if self._idle_since is not None:
             self.idle_seconds += time.perf_counter() - self._idle_since
             self._idle_since = None
 
     def end(self) -> None:
         """A group came back, or was lost."""
-        self.in_flight -= 1
-        if self.in_flight == 0:
+        self._sampling -= 1
+        if self._sampling == 0:
             self._idle_since = time.perf_counter()
 
     def idle_so_far(self) -> float:
@@ -44,14 +50,18 @@ class RolloutActor:
     def reset_idle(self) -> None:
         """Count idle time from now on: before training there is nothing to do."""
         self.idle_seconds = 0.0
-        self._idle_since = time.perf_counter() if self.in_flight == 0 else None
+        self._idle_since = time.perf_counter() if self._sampling == 0 else None
 
 
 class RolloutPool:
     """All rollout actors of a job."""
 
     def __init__(self, remotes: Sequence[Remote], rollout: RolloutSettings, sync: SyncSettings) -> None:
-        self.actors = [RolloutActor(remote) for remote in remotes]
+        self.slots = Dispatcher()
+        for remote in remotes:
+            self.slots.add(remote.name, capacity=rollout.max_groups_in_flight, version=-1)
+        self.actors = [RolloutActor(remote, self.slots[remote.name]) for remote in remotes]
+        self._by_name = {actor.remote.name: actor for actor in self.actors}
         self._rollout = rollout
         self._sync = sync
 
@@ -63,13 +73,16 @@ class RolloutPool:
         )
         return facts
 
+    def __getitem__(self, name: str) -> RolloutActor:
+        return self._by_name[name]
+
     def by_load(self) -> list[RolloutActor]:
         """The actors with a free slot, least busy first."""
-        limit = self._rollout.max_groups_in_flight
-        return sorted((a for a in self.actors if a.in_flight < limit), key=lambda actor: actor.in_flight)
+        free = [actor for actor in self.actors if actor.slot.in_flight < actor.slot.capacity]
+        return sorted(free, key=lambda actor: actor.slot.in_flight)
 
     async def sample(self, actor: RolloutActor, request: SampleRequest) -> SampledGroup:
-        """Have one group sampled; raises what `Remote.call` raises."""
+        """Have a group sampled, in a slot taken with `slots.begin`; raises what `Remote.call` raises."""
         actor.begin()
         try:
             # The engine keeps its own deadline and names the request; this one is for an actor that is stuck.
@@ -85,7 +98,7 @@ class RolloutPool:
         if self._sync.in_flight == "wait":  # for requests that may take their full time
             seconds += self._rollout.generate_timeout_s
         proof: SyncProof = await actor.remote.call("load_weights", update, seconds=seconds)
-        actor.version = proof.version
+        self.slots.set_version(actor.remote.name, proof.version)
         return proof
 
     async def watch(self) -> None:

@@ -2,7 +2,7 @@
 
 A pure, synchronous state machine: no Ray, no torch, no clock. The controller (and the simulator) call its
 verbs in the order of a group's life: `admit` → `complete` → `take`, with `redispatch` after a lost sample
-and `drop` where a group is left out.
+and `drop` where a group is left out. After each step `publish_due` says whether weights must go out.
 
 Legend: k = the learner's next step (= the newest weight version), P = groups a step, S = the window: the
 largest lag allowed. The *lag* of a token is the step that trains it minus the version that sampled it.
@@ -21,6 +21,7 @@ import heapq
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -34,17 +35,55 @@ class LagBoundError(AssertionError):
 class SchedulerSettings(Settings):
     """`[scheduler]`: how far sampling may run ahead of training."""
 
-    window: int = Field(
-        1, ge=0, description="S: largest lag of a trained token, in learner steps; 0 is synchronous."
+    window: Annotated[int, Field(ge=0)] | Literal["adaptive"] = Field(
+        1,
+        description="S: largest lag of a trained token, in learner steps; 0 is synchronous; adaptive: as "
+        "small as keeps the learner busy, within `max_drift` and `min_ess`.",
     )
+    publish_every: int = Field(
+        1,
+        ge=1,
+        description="M: learner steps between two publications of weights, at most S + 1; adaptive: where "
+        "it starts.",
+    )
+    max_window: int = Field(8, ge=0, description="Adaptive: largest S.")
+    max_drift: float = Field(
+        0.05, gt=0, description="Adaptive: largest KL(μ‖π) at lag S that is accepted, in nats a token."
+    )
+    min_ess: float = Field(
+        0.8, gt=0, lt=1, description="Adaptive: smallest effective sample size that is accepted, as a share."
+    )
+    wait_tolerance: float = Field(
+        0.05, gt=0, lt=1, description="Adaptive: share of a step that the learner may wait unmended."
+    )
+    sync_share: float = Field(
+        0.1, gt=0, lt=1, description="Adaptive: share of a step that weight sync may take from the actors."
+    )
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether S follows measurement."""
+        return self.window == "adaptive"
+
+    @property
+    def first_window(self) -> int:
+        """S at the start: as set, or 1 where it adapts."""
+        return min(1, self.max_window) if isinstance(self.window, str) else self.window
+
+    @property
+    def largest_window(self) -> int:
+        """What S never passes."""
+        return self.max_window if isinstance(self.window, str) else self.window
 
 
 class Refusal(Enum):
     """Why no group may be admitted now, and what would change it."""
 
     WINDOW_FULL = "the window is full: a step must be trained first"
+    AHEAD_FULL = "as many groups as wanted are under way: a step must be trained first"
     STALE_ACTOR = "the actor's weights are too old: it must load newer ones first"
     BUDGET_SPENT = "every group that the run still needs is under way"
+    NO_SLOT = "every slot of every actor is taken: a group must come back first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +115,7 @@ class Scheduler:
             )
         self._groups_per_step = groups_per_step
         self._window = window
+        self._ahead: int | None = None
         self._total_steps = total_steps
         self._step = step
         self._next_id = first_id
@@ -84,6 +124,7 @@ class Scheduler:
         self._ready_by_deadline: Counter[int] = Counter()
         self._ready_heap: list[tuple[int, int]] = []  # (deadline, group id); entries are checked when popped
         self._ready_count = 0
+        self._last_deadline = 0
         self.dispatched = 0
         self.dropped = 0
         self.trained = 0
@@ -115,11 +156,44 @@ class Scheduler:
         """Groups that are ready and not yet taken."""
         return self._ready_count
 
+    @property
+    def untrained(self) -> int:
+        """Admitted groups that no step has taken yet, ready or not."""
+        return len(self._untrained)
+
+    @property
+    def room(self) -> int:
+        """Groups that could be admitted now on the newest weights, at most."""
+        most = self._groups_per_step * min(self._window + 1, self._total_steps - self._step)
+        if self._ahead is not None:
+            most = min(most, self._ahead)
+        return max(0, most - len(self._untrained))
+
+    @property
+    def ahead(self) -> int | None:
+        """Most untrained groups at a time, where something but the window limits them."""
+        return self._ahead
+
     def set_window(self, window: int) -> None:
         """Change S for later admissions; groups already admitted keep their deadlines."""
         if window < 0:
             raise ValueError(f"window must be at least 0, got {window}")
         self._window = window
+
+    def set_ahead(self, most: int | None) -> None:
+        """Admit no more than `most` untrained groups at a time, however wide the window; None: no limit."""
+        if most is not None and most < self._groups_per_step:
+            raise ValueError(f"ahead must be at least P = {self._groups_per_step}, got {most}")
+        self._ahead = most
+
+    def publish_due(self, published: int, every: int) -> bool:
+        """Whether weights must go out before step k, where those of version `published` are the newest out.
+
+        They must after `every` steps; earlier where no group of that version could meet step k any more
+        (published + S < k), since nothing could be admitted then; and when the last step is done.
+        """
+        age = self._step - published
+        return age > 0 and (age >= every or age > self._window or self._step >= self._total_steps)
 
     # ---- the life of a group -----------------------------------------------------------------------------
 
@@ -128,17 +202,19 @@ class Scheduler:
         if len(self._untrained) >= (self._total_steps - self._step) * self._groups_per_step:
             return Refusal.BUDGET_SPENT
         deadline = actor_version + self._window
-        if deadline < self._step:
-            return Refusal.STALE_ACTOR
-        if not self._has_room(deadline):
-            # A newer actor's group would get a later deadline, which may still fit.
-            newest = self._step + self._window
-            return Refusal.STALE_ACTOR if self._has_room(newest) else Refusal.WINDOW_FULL
+        fits = deadline >= self._step and self._has_room(deadline)
+        if not fits and not self._has_room(self._step + self._window):
+            return Refusal.WINDOW_FULL
+        if self._ahead is not None and len(self._untrained) >= self._ahead:
+            return Refusal.AHEAD_FULL
+        if not fits:
+            return Refusal.STALE_ACTOR  # a newer actor's group would get a later deadline, which fits
         group_id = self._next_id
         self._next_id += 1
         self.dispatched += 1
         self._untrained[group_id] = _Entry(actor_version, deadline)
         self._untrained_by_deadline[deadline] += 1
+        self._last_deadline = max(self._last_deadline, deadline)
         return Admission(group_id, deadline)
 
     def redispatch(self, group_id: int, actor_version: int) -> bool:
@@ -232,12 +308,16 @@ class Scheduler:
                 )
 
     def _has_room(self, deadline: int) -> bool:
-        """Whether one more group with this deadline keeps the invariant. O(distinct deadlines) ≤ O(S)."""
-        due_by = 1
-        for due in sorted({deadline, *(d for d, count in self._untrained_by_deadline.items() if count)}):
-            due_by += self._untrained_by_deadline[due]
-            if due >= deadline and due_by > self._groups_per_step * (due - self._step + 1):
+        """Whether one more group with this deadline keeps the invariant.
+
+        Only steps from `deadline` on have one more group due; from the last deadline down to it is O(S) at
+        worst, and one comparison for a group on the newest weights.
+        """
+        due_by = len(self._untrained) + 1
+        for due in range(max(self._last_deadline, deadline), deadline - 1, -1):
+            if due_by > self._groups_per_step * (due - self._step + 1):
                 return False
+            due_by -= self._untrained_by_deadline[due]
         return True
 
     def _move(self, entry: _Entry, deadline: int, ready_group_id: int | None = None) -> None:
@@ -246,6 +326,7 @@ class Scheduler:
             return
         self._untrained_by_deadline[entry.deadline] -= 1
         self._untrained_by_deadline[deadline] += 1
+        self._last_deadline = max(self._last_deadline, deadline)
         if ready_group_id is not None:
             self._ready_by_deadline[entry.deadline] -= 1
             self._ready_by_deadline[deadline] += 1

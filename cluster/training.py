@@ -15,8 +15,11 @@ from typing import Any
 
 from actors.records import RewardFailure
 from cluster import checkpoint
+from cluster.accounts import Totals, length_metrics
+from cluster.adaptation import Adaptation
+from cluster.adaptive import Decision
 from cluster.config import JobConfig
-from cluster.controller import Controller, Hooks, StepReport, Totals
+from cluster.controller import Controller, Hooks, StepReport
 from cluster.evaluation import Evaluation, evaluate, paired_gain
 from cluster.learner_group import LearnerGroup, probe_sequences
 from cluster.monitor import Monitor, write_atomically
@@ -24,6 +27,7 @@ from cluster.placement import create_workers, learner_job
 from cluster.prepare import Prepared
 from cluster.prompt_cursor import PromptCursor, demonstration_batches
 from cluster.rollout_pool import RolloutPool
+from cluster.sampling import Sampling
 from cluster.scheduler import Scheduler
 from cluster.scoring_pool import ScoringPool
 
@@ -68,7 +72,7 @@ class TrainingRun:
     @property
     def step(self) -> int:
         """Learner steps begun so far."""
-        return self._controller.scheduler.step if self._controller else self.first_step
+        return self._controller.step if self._controller else self.first_step
 
     async def run(self, monitor: Monitor, *, cuda: bool) -> bool:
         """Run to the end; true if a stop was asked for on the way."""
@@ -90,7 +94,7 @@ class TrainingRun:
                 await self._start(learner, rollouts, scoring)
                 controller = self._controller = self._make_controller(learner, rollouts, scoring)
                 async with _serving(rollouts, scoring):
-                    await controller.load_everywhere(await learner.publish(controller.scheduler.step))
+                    await controller.load_everywhere(await learner.publish(controller.step))
                     await self._evaluate_before(rollouts, scoring)
                     await self._train(controller, rollouts)
                     if not controller.stopping:
@@ -155,21 +159,36 @@ class TrainingRun:
         config, state = self.config, self._state
         scheduler = Scheduler(
             groups_per_step=config.groups_per_step,
-            window=config.scheduler.window,
+            window=config.scheduler.first_window,
             total_steps=config.run.steps,
             step=state.get("step", 0),
             first_id=state.get("next_group_id", 0),
         )
-        return Controller(
+        totals = Totals(**state["totals"]) if state else Totals()
+        adaptation = Adaptation(
+            config.scheduler,
+            scheduler,
+            groups_per_step=config.groups_per_step,
+            state=state.get("adaptation"),
+        )
+        sampling = Sampling(
             config=config,
             scheduler=scheduler,
             cursor=self._cursor,
             rollouts=rollouts,
             scoring=scoring,
-            learner=learner,
-            hooks=Hooks(self._on_step, self._on_reward_error, self._on_checkpoint),
-            totals=Totals(**state["totals"]) if state else Totals(),
+            totals=totals,
+            on_reward_error=self._on_reward_error,
             requeued=self._requeued,
+        )
+        hooks = Hooks(self._on_step, self._on_checkpoint, self._on_evaluate, self._on_decision)
+        return Controller(
+            config=config,
+            sampling=sampling,
+            learner=learner,
+            adaptation=adaptation,
+            hooks=hooks,
+            totals=totals,
         )
 
     def _shuffle(self) -> bool:
@@ -183,8 +202,8 @@ class TrainingRun:
             await controller.run()
         finally:
             self._rollout_wait_fraction = rollouts.idle_seconds() / (time.perf_counter() - started)
-        if self._saved_step != controller.scheduler.step:
-            await self._on_checkpoint(controller.scheduler.step)
+        if self._saved_step != controller.step:
+            await self._on_checkpoint(controller.step)
 
     def _on_step(self, report: StepReport) -> None:
         row = report.row | {"learner_step": float(report.step)}
@@ -192,6 +211,8 @@ class TrainingRun:
             self._last_row = row  # it waits for the held-out reward
         else:
             self._monitor.step(row)
+        if self.config.monitor.trace:
+            self._monitor.trace(report.trace)
         every = self.config.monitor.samples_every
         if every and report.step % every == 0:
             rows = [
@@ -219,6 +240,14 @@ class TrainingRun:
             f"reward {failure.reward!r}: {failure.reason}"
         )
 
+    def _on_decision(self, decision: Decision) -> None:
+        name = {"window": "window S", "publish_every": "publish interval", "ahead": "groups ahead"}
+        self._monitor.decision(
+            decision.step,
+            asdict(decision),
+            f"scheduler: {name[decision.setting]} {decision.old} → {decision.new}: {decision.reason}",
+        )
+
     @property
     def _checkpoints(self) -> Path:
         return self.run_dir / "checkpoints"
@@ -232,9 +261,10 @@ class TrainingRun:
         await controller.learner.save(folder.resolve())
         state = {
             "step": step,
-            "next_group_id": controller.scheduler.next_id,
-            "cursor": controller.cursor.state(),
-            "pending": controller.pending_prompts(),
+            "next_group_id": controller.sampling.scheduler.next_id,
+            "cursor": controller.sampling.cursor.state(),
+            "pending": controller.sampling.pending_prompts(),
+            "adaptation": controller.adaptation.state(),
             "totals": asdict(controller.totals),
         }
         keep = self.config.run.keep_checkpoints
@@ -253,7 +283,7 @@ class TrainingRun:
             scoring,
             self.config.rollout,
             samples=self.config.run.evaluate_samples,
-            version=self._controller.scheduler.step,
+            version=self._controller.step,
         )
         rows = [{"phase": phase} | asdict(sample) for sample in evaluation.samples]
         self._monitor.samples(evaluation.version, rows)
@@ -262,6 +292,11 @@ class TrainingRun:
             + (f", {evaluation.reward_errors} left out by reward errors" if evaluation.reward_errors else "")
         )
         return evaluation
+
+    async def _on_evaluate(self) -> dict[str, float]:
+        assert self._controller is not None
+        sampling = self._controller.sampling
+        return (await self._evaluate(sampling.rollouts, sampling.scoring, "during")).metrics()
 
     async def _evaluate_before(self, rollouts: RolloutPool, scoring: ScoringPool) -> None:
         """Measure the policy before training; a resumed run takes the figures of its first start."""
@@ -303,11 +338,14 @@ class TrainingRun:
             "groups_trained": totals.groups_trained,
             "groups_dropped": totals.groups_dropped,
             "rows_quarantined": dict(self._prepared.quarantine.counts),
-            "lag_bound": self.config.scheduler.window,
+            "lag_bound": self.config.scheduler.largest_window,
+            "window_final": self._controller.sampling.scheduler.window if self._controller else None,
             "lag_max": totals.lag_max if totals.steps else None,
             "lag_mean": totals.lag_sum / per_step if totals.steps else None,
             "trainer_wait_fraction": totals.learner_wait_s / totals.train_s if totals.train_s else None,
+            "wait_by_cause": dict(totals.wait_by_cause),
             "rollout_wait_fraction": self._rollout_wait_fraction,
+            "length_bias": length_metrics(totals)["length/bias"] if totals.groups_trained else None,
             "sync_s_mean": totals.sync_s / totals.syncs if totals.syncs else None,
             "sync_probe_max_abs_diff": totals.sync_probe_max_abs_diff if totals.syncs else None,
             "padding_fraction": totals.padding_sum / per_step if totals.steps else None,

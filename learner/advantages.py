@@ -45,6 +45,39 @@ def generalised_advantages(
     return advantages, advantages + values
 
 
+def vtrace_targets(
+    rewards: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    rho_cap: float,
+    c_cap: float,
+) -> Tensor:
+    """v, (B, T): targets of the value model from tokens of another policy; weights w = π/μ a token.
+
+    v_t = V_t + δ_t + γ·c_t·(v_{t+1} − V_{t+1}) with δ_t = min(ρ̄, w_t)·(r_t + γ·V_{t+1} − V_t) and
+    c_t = λ·min(c̄, w_t). Their fixed point is the value of a policy between μ and π (of π where ρ̄ = ∞);
+    c̄ only sets the speed. At w = 1 and caps of 1, v − V is GAE(λ), and with λ = 1 v is the return.
+    Source: Espeholt et al., arXiv 1802.01561, section 4.1 (λ in its remark 2).
+    """
+    assert rewards.shape == values.shape == weights.shape == mask.shape
+    real = mask.to(values.dtype)
+    values, rewards = values * real, rewards * real
+    rho, trace = weights.clamp(max=rho_cap), gamma * lam * weights.clamp(max=c_cap)
+    excess = torch.zeros_like(values[:, 0])  # v − V of the token after
+    next_value = torch.zeros_like(excess)
+    columns: list[Tensor] = []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        excess = (rho[:, t] * delta + trace[:, t] * excess) * real[:, t]
+        next_value = values[:, t]
+        columns.append(excess)
+    return torch.stack(columns[::-1], dim=1) + values
+
+
 def moments(values: Tensor, mask: Tensor) -> Tensor:
     """(3,) float64: count, sum and sum of squares over the mask; these add up over ranks."""
     chosen = values[mask].double()

@@ -120,6 +120,7 @@ class Share:
     sampler_logprobs: Tensor
     reference_logprobs: Tensor
     rewards: Tensor
+    lags: Tensor
 
 
 def make_share(samples: Sequence[Sample]) -> Share:
@@ -134,6 +135,7 @@ def make_share(samples: Sequence[Sample]) -> Share:
         torch.nan_to_num(sampler, nan=0.0, posinf=0.0, neginf=0.0),
         _padded([sample.reference_logprobs for sample in samples], width),
         torch.tensor([sample.reward for sample in samples]),
+        _padded([sample.lags for sample in samples], width).long(),
     )
 
 

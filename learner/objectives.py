@@ -19,12 +19,14 @@ def policy_loss(
     advantages: Tensor,
     weights: Tensor,
     *,
-    clip: float,
+    clip: float | Tensor,
     dual_clip: float | None,
     count: float,
 ) -> tuple[Tensor, Sums]:
     """−Σ w·min(ρA, clip(ρ, 1±ε)A) / count, with ρ = π/π_old and w a constant weight a token.
 
+    Decoupled: π_old is the learner at the start of its step and w corrects for the policy that sampled.
+    Coupled: π_old is the policy that sampled and w is 1. `clip` is ε, or one ε a token (float64).
     Dual clip: where A < 0 the loss is at most −c·A, so that one token whose ρ exploded cannot rule the batch.
     Sources: Schulman et al., arXiv 1707.06347; dual clip Ye et al., arXiv 1912.09729; a weight outside the
     minimum (decoupled from ρ) Hilton et al., arXiv 2110.00641.
@@ -32,7 +34,8 @@ def policy_loss(
     log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     unclipped = -ratio * advantages
-    clipped = -ratio.clamp(1.0 - clip, 1.0 + clip) * advantages
+    low, high = (torch.as_tensor(bound).to(ratio) for bound in (1.0 - clip, 1.0 + clip))
+    clipped = -ratio.clamp(low, high) * advantages
     losses = torch.maximum(unclipped, clipped)
     with torch.no_grad():
         was_clipped = clipped > unclipped

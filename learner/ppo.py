@@ -1,7 +1,7 @@
 """One PPO step: old log-probabilities and values, rewards and advantages, then the updates.
 
     samples ─ this rank's share ─ packed forward, no gradient ─► log π_old, V_old
-      ─► r_t = −β·k1 + R ─► GAE ─► whitening (over all ranks)
+      ─► rewards, advantages, value targets, correction for the sampler's lag (`learner.targets`)
       ─► epochs × minibatches: packed micro-batches ─► losses / global token count ─► one update each
 
 All ranks run the same number of forward and backward passes; a rank that has run out of micro-batches runs
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from actors.packing import MicroBatch, pack
-from learner import advantages as adv
 from learner.batch import (
     Sample,
     Share,
@@ -26,22 +25,11 @@ from learner.batch import (
     sample_metrics,
     scatter_padded,
 )
-from learner.corrections import mismatch_metrics, mismatch_sums, truncated_weights
 from learner.engine import TrainingEngine, all_reduce
-from learner.kl import KLController, k1, k3
+from learner.kl import KLController
 from learner.objectives import entropy_bonus, policy_loss, value_loss
-from learner.settings import PPOSettings
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """What the updates of a step are computed from, all (B, T) on this rank."""
-
-    old_logprobs: Tensor
-    old_values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    weights: Tensor
+from learner.settings import CorrectionSettings, PPOSettings
+from learner.targets import Batch, Targets, prepare
 
 
 @dataclass(slots=True)
@@ -86,6 +74,7 @@ class PPO:
     policy: TrainingEngine
     critic: TrainingEngine | None
     settings: PPOSettings
+    correction: CorrectionSettings
     micro_batch_tokens: int
     rank: int
     ranks: int
@@ -109,7 +98,18 @@ class PPO:
         place = {index: number for number, index in enumerate(mine)}
         share = make_share([samples[index] for index in mine])
         totals = Totals()
-        targets, metrics = self._prepare(share, controller, len(samples), totals)
+        old_logprobs, old_values = self.score(share, totals)
+        largest_lag = max(lag for sample in samples for lag in sample.lags)
+        targets, metrics = prepare(
+            share,
+            old_logprobs,
+            old_values,
+            settings=self.settings,
+            correction=self.correction,
+            batch=Batch(len(samples), largest_lag, controller.coef, self.rank, self.ranks),
+            reduce=self._reduced,
+        )
+        rates = [(rate * targets.lr_factor, critic_rate) for rate, critic_rate in rates]
         prepared = time.perf_counter()
         minibatches = [members for epoch in plan for members in epoch]
         for update, (members, rate) in enumerate(zip(minibatches, rates, strict=True)):
@@ -125,61 +125,8 @@ class PPO:
 
     # --- Before the updates ------------------------------------------------------------------------------
 
-    def _prepare(
-        self, share: Share, controller: KLController, samples: int, totals: Totals
-    ) -> tuple[Targets, dict[str, float]]:
-        """Everything that stays fixed during the updates, and what there is to say about it."""
-        settings = self.settings
-        old_logprobs, old_values = self._score(share, totals)
-        deltas = torch.where(share.mask, k1(old_logprobs, share.reference_logprobs), 0.0)
-        rewards = adv.token_rewards(share.rewards, deltas, share.mask, kl_coef=controller.coef)
-        if settings.whiten_rewards:
-            spread = self._moments(rewards, share.mask)
-            rewards = adv.whiten(rewards, share.mask, spread, shift_mean=False)
-        advantages, returns = adv.generalised_advantages(
-            rewards, old_values, share.mask, gamma=settings.gamma, lam=settings.gae_lambda
-        )
-        advantage_moments = self._moments(advantages, share.mask)
-        whitened = advantages
-        if settings.whiten_advantages:
-            whitened = adv.whiten(advantages, share.mask, advantage_moments, shift_mean=True)
-        trusted = share.trusted
-        cap = settings.importance_cap or None
-        weights, raw = truncated_weights(old_logprobs, share.sampler_logprobs, cap=cap)
-        mismatch = mismatch_sums(
-            old_logprobs[trusted], share.sampler_logprobs[trusted], raw[trusted], cap=cap
-        )
-        kl_sums = torch.stack(
-            [
-                deltas.double().sum(),
-                torch.where(share.mask, k3(old_logprobs, share.reference_logprobs), 0.0).double().sum(),
-                share.mask.sum().double(),
-                (share.mask & ~trusted).sum().double(),
-            ]
-        )
-        k1_sum, k3_sum, tokens, distrusted = self._sum(kl_sums).tolist()
-        return_moments = self._moments(returns, share.mask)
-        value_moments = self._moments(old_values, share.mask)
-        error_moments = self._moments(returns - old_values, share.mask)
-        metrics = {
-            "kl/sequence": k1_sum / samples,
-            "kl/token": k1_sum / tokens,
-            "kl/token_k3": k3_sum / tokens,
-            "kl/coef": controller.coef,
-            "kl/penalty": controller.coef * k1_sum / samples,
-            "value/explained_variance": adv.explained_variance(return_moments, error_moments),
-            "value/mean": adv.mean_and_std(value_moments)[0],
-            "mismatch/nonfinite_tokens": distrusted,
-        }
-        for name, moments in (("advantage", advantage_moments), ("return", return_moments)):
-            metrics[f"{name}/mean"], metrics[f"{name}/std"] = adv.mean_and_std(moments)
-        metrics |= mismatch_metrics(self._sum(mismatch))
-        # A token that the sampler's log-probability says nothing about has no weight.
-        weights = torch.where(trusted, weights, 0.0)
-        return Targets(old_logprobs, old_values, whitened, returns, weights), metrics
-
     @torch.no_grad()
-    def _score(self, share: Share, totals: Totals) -> tuple[Tensor, Tensor]:
+    def score(self, share: Share, totals: Totals) -> tuple[Tensor, Tensor]:
         """log π_old and V_old of this rank's samples, both (B, T)."""
         batches = self._pack([sample.pair for sample in share.samples])
         totals.count(batches)
@@ -198,12 +145,10 @@ class PPO:
             scatter_padded(batches, values, share.mask),
         )
 
-    def _moments(self, values: Tensor, mask: Tensor) -> Tensor:
-        return self._sum(adv.moments(values, mask))
-
-    def _sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks, on the CPU."""
-        return all_reduce(values.to(self.policy.device)).cpu()
+    def _reduced(self, values: Tensor, *, maximum: bool = False) -> Tensor:
+        """The sum or maximum over ranks, on the CPU."""
+        # A copy: on the CPU `to` gives the tensor itself, and the reduction is in place.
+        return all_reduce(values.to(self.policy.device, copy=True), maximum=maximum).cpu()
 
     # --- Updates -----------------------------------------------------------------------------------------
 
@@ -250,14 +195,13 @@ class PPO:
     ) -> None:
         """Losses and gradients of one micro-batch; `chosen` are its tokens' places in the (B, T) tensors."""
         settings, device = self.settings, self.policy.device
-        old_logprobs = targets.old_logprobs[chosen].to(device)
         logprobs, entropies, values = self.policy.forward(batch)
         loss, sums = policy_loss(
             logprobs,
-            old_logprobs,
+            targets.anchor[chosen].to(device),
             targets.advantages[chosen].to(device),
             targets.weights[chosen].to(device),
-            clip=settings.clip,
+            clip=targets.clip[chosen].to(device),
             dual_clip=settings.dual_clip or None,
             count=tokens,
         )
@@ -280,11 +224,12 @@ class PPO:
             total = loss + settings.value_coef * worth
         self.policy.backward(total, last=last)
         totals.add(sums | entropy_sums | value_sums | {"loss/total": total.detach()})
-        ratio = (logprobs.detach() - old_logprobs).exp()
+        detached = logprobs.detach()
+        ratio = (detached - targets.anchor[chosen].to(device)).exp()
         totals.ratio_max = max(totals.ratio_max, float(ratio.max()))
         if first:
-            deviation = float((ratio - 1.0).abs().max())
-            totals.first_ratio_deviation = max(totals.first_ratio_deviation, deviation)
+            change = (detached - targets.old_logprobs[chosen].to(device)).exp() - 1.0
+            totals.first_ratio_deviation = max(totals.first_ratio_deviation, float(change.abs().max()))
 
     def _dummy(self, *, last: bool) -> None:
         """A pass that changes no gradient, to keep this rank's collectives in step with the others'."""
@@ -301,11 +246,12 @@ class PPO:
         """Means over the updates of a step, over all ranks."""
         local = [totals.sums.get(key, 0.0) for key in LOSS_KEYS]
         local += [float(totals.real_tokens), float(totals.computed_tokens)]
-        *sums, real, computed = self._sum(torch.tensor(local, dtype=torch.float64)).tolist()
+        *sums, real, computed = self._reduced(torch.tensor(local, dtype=torch.float64)).tolist()
         extremes = torch.tensor([totals.ratio_max, totals.first_ratio_deviation], dtype=torch.float64)
-        all_reduce(on_device := extremes.to(self.policy.device), maximum=True)
         metrics = {key: value / updates for key, value in zip(LOSS_KEYS, sums, strict=True)}
-        metrics["ppo/ratio_max"], metrics["ppo/first_ratio_deviation"] = on_device.tolist()
+        metrics["ppo/ratio_max"], metrics["ppo/first_ratio_deviation"] = self._reduced(
+            extremes, maximum=True
+        ).tolist()
         metrics["perf/padding_fraction"] = 1.0 - real / computed
         metrics["optimizer/grad_norm"] = sum(totals.grad_norms) / updates
         if totals.critic_grad_norms:

@@ -76,12 +76,6 @@ class PPOSettings(Settings):
     kl_control: Literal["fixed", "adaptive"] = Field("fixed", description="adaptive: β follows `kl_target`.")
     kl_target: float = Field(6.0, gt=0, description="Target KL of a sequence, in nats.")
     kl_horizon: int = Field(10_000, ge=1, description="Adaptive: samples over which β may change by a fifth.")
-    importance_cap: float = Field(
-        2.0,
-        ge=0,
-        description="C: learner/sampler weight of a token is cut off at C (truncated importance "
-        "sampling); 0: no correction.",
-    )
 
     @field_validator("dual_clip")
     @classmethod
@@ -89,6 +83,61 @@ class PPOSettings(Settings):
         if 0 < value <= 1:
             raise ValueError("must be greater than 1, or 0 for no bound")
         return value
+
+
+class CorrectionSettings(Settings):
+    """`[correction]`: what is done about the difference between sampler and learner."""
+
+    ratio: Literal["proximal", "behaviour"] = Field(
+        "proximal",
+        description="What the clipped ratio ρ is taken against. proximal: the learner at the start of its "
+        "step, while `weights` correct for the sampler (decoupled PPO); behaviour: the sampler (coupled).",
+    )
+    weights: Literal["none", "tis", "icepop", "sequence"] = Field(
+        "tis",
+        description="Weight w of a token. tis: learner/sampler ratio, cut off at `cap`; icepop: the ratio, 0 "
+        "outside its limits; sequence: the product of a sequence's ratios, cut off at `cap`.",
+    )
+    cap: float = Field(
+        2.0, ge=1, description="C: largest weight of `tis` (2 is usual) or `sequence` (5 to 8)."
+    )
+    icepop_low: float = Field(0.5, ge=0, le=1, description="Smallest ratio that `icepop` keeps.")
+    icepop_high: float = Field(5.0, ge=1, description="Largest ratio that `icepop` keeps.")
+    mask: Literal["none", "sequence", "geometric", "m2po"] = Field(
+        "none",
+        description="What is left out of the policy's loss. sequence: sequences by the product of their "
+        "ratios; geometric: by its geometric mean; m2po: harmful tokens by their squared log-ratio.",
+    )
+    sequence_cap: float = Field(
+        3.0, ge=1, description="mask = sequence: largest product of a sequence's ratios that is kept."
+    )
+    geometric_low: float = Field(
+        0.8, gt=0, le=1, description="mask = geometric: smallest geometric mean that is kept."
+    )
+    geometric_high: float = Field(
+        1.25, ge=1, description="mask = geometric: largest geometric mean that is kept."
+    )
+    m2_budget: float = Field(
+        0.04, gt=0, description="mask = m2po: largest mean squared log-ratio of the harmful tokens kept."
+    )
+    value_target: Literal["gae", "vtrace"] = Field(
+        "gae",
+        description="What the value model learns. gae: advantage plus value; vtrace: the same, weighted "
+        "by truncated ratios.",
+    )
+    vtrace_rho: float = Field(1.0, ge=1, description="ρ̄ of V-trace: cap of the ratio on the TD error.")
+    vtrace_c: float = Field(1.0, gt=0, description="c̄ of V-trace: cap of the ratio on the trace, times λ.")
+    clip_by_lag: float = Field(
+        0.0, ge=0, description="κ: a token of lag s is clipped at ε/(1 + κ·s) instead of `ppo.clip`; 0: at ε."
+    )
+    damp_lr_by_ess: Literal["none", "token", "sequence"] = Field(
+        "none",
+        description="Multiply the policy's learning rate by √min(1, (ESS/B)/ρ₀), with the ESS of raw token "
+        "or sequence weights.",
+    )
+    damp_ess_target: float = Field(
+        1.0, gt=0, le=1, description="ρ₀: share of effective samples from which the rate is not damped."
+    )
 
 
 class WarmupSettings(Settings):

@@ -32,6 +32,7 @@ from learner.models import Critic, Policy
 from learner.ppo import PPO
 from learner.schedule import learning_rate
 from learner.settings import (
+    CorrectionSettings,
     LearnerSettings,
     ModelSettings,
     OptimizerSettings,
@@ -57,6 +58,7 @@ class LearnerJob:
     learner: LearnerSettings
     optimizer: OptimizerSettings
     ppo: PPOSettings
+    correction: CorrectionSettings
     warmup: WarmupSettings
     temperature: float
     seed: int
@@ -208,7 +210,13 @@ class LearnerWorker:
         samples = flatten(groups, version)
         updates = job.ppo.epochs * job.ppo.minibatches
         ppo = PPO(
-            self._engines[0], self._critic, job.ppo, job.learner.micro_batch_tokens, self._rank, self._ranks
+            self._engines[0],
+            self._critic,
+            job.ppo,
+            job.correction,
+            job.learner.micro_batch_tokens,
+            self._rank,
+            self._ranks,
         )
         controller = self._controller()
         metrics = ppo.step(

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,11 +18,15 @@ from actors.records import (
     Trajectory,
     WeightUpdate,
 )
+from cluster.accounts import Totals
+from cluster.adaptation import Adaptation
+from cluster.adaptive import Decision
 from cluster.config_file import parse_config
-from cluster.controller import Controller, Hooks, RewardErrorsError, StepReport
+from cluster.controller import Controller, Hooks, StepReport
 from cluster.prompt_cursor import PromptCursor
 from cluster.remote import WorkerFailedError
 from cluster.rollout_pool import RolloutPool
+from cluster.sampling import RewardErrorsError, Sampling
 from cluster.scheduler import Scheduler
 from cluster.scoring_pool import ScoringPool
 
@@ -53,7 +58,9 @@ class StandIn:
 
     async def sample(self, request: Any) -> SampledGroup:
         started = self.version
-        await asyncio.sleep(self.world.rng.paretovariate(1.2) * 0.0005)
+        load = self.world.rollouts.slots[self.name].in_flight
+        self.world.most_in_flight[self.name] = max(self.world.most_in_flight[self.name], load)
+        await asyncio.sleep(self.world.sample_seconds(request.prompt.id))
         if self.name in self.world.broken:
             raise WorkerFailedError(f"{self.name} failed to sample: no luck")
         tokens = tuple(range(3))
@@ -73,7 +80,7 @@ class StandIn:
         return Group(group.group_id, group.prompt, trajectories, group.actor, 0.001, 0.001)
 
     async def load_weights(self, update: WeightUpdate) -> SyncProof:
-        await asyncio.sleep(self.world.rng.random() * 0.002)
+        await asyncio.sleep(self.world.rng.random() * self.world.load_seconds)
         assert update.version > self.version
         self.version = update.version
         return SyncProof(self.name, update.version, 1e-6, 0.001, 0.001, 0)
@@ -88,10 +95,19 @@ class Learner:
     async def step(self, groups: list[Group], version: int) -> dict[str, float]:
         self.world.log.append(("step", version))
         lags = [version - v for g in groups for t in g.trajectories for v in t.completion.versions]
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(self.world.train_seconds)
         self.world.trained += [group.prompt.id for group in groups]
         self.world.group_ids += [group.group_id for group in groups]
-        return {"lag/mean": sum(lags) / len(lags), "lag/max": float(max(lags)), "perf/padding_fraction": 0.0}
+        row = {"lag/mean": sum(lags) / len(lags), "lag/max": float(max(lags)), "perf/padding_fraction": 0.0}
+        for lag in set(lags):
+            drift = self.world.engine + self.world.drift * lag
+            row |= {
+                f"mismatch/kl_by_lag/{lag}": drift,
+                f"mismatch/kl_se_by_lag/{lag}": 0.01 * drift + 1e-9,
+                f"mismatch/tokens_by_lag/{lag}": float(lags.count(lag)),
+                f"mismatch/ess_by_lag/{lag}": 0.99,
+            }
+        return row | {"mismatch/ess": 0.99}
 
     async def publish(self, version: int) -> WeightUpdate:
         self.world.log.append(("publish", version))
@@ -102,7 +118,7 @@ class Learner:
 class World:
     """A controller with everything it needs; `reports` and `checkpoints` are what it told the outside."""
 
-    def __init__(self, *overrides: str, actors: int = 2, window: int = 2, seed: int = 0) -> None:
+    def __init__(self, *overrides: str, actors: int = 2, window: int | str = 2, seed: int = 0) -> None:
         self.rng = random.Random(seed)
         self.log: list[tuple[str, int]] = []
         self.trained: list[str] = []
@@ -113,7 +129,13 @@ class World:
         self.reports: list[StepReport] = []
         self.failures: list[RewardFailure] = []
         self.checkpoints: list[tuple[int, list[str]]] = []
+        self.decisions: list[Decision] = []
         config = parse_config(JOB, [f"scheduler.window={window}", *overrides])
+        self.sample_seconds: Callable[[str], float] = lambda _: self.rng.paretovariate(1.2) * 0.0005
+        self.train_seconds = 0.001
+        self.load_seconds = 0.002
+        self.engine, self.drift = 1e-5, 1e-4  # D(s) = engine + drift · s
+        self.most_in_flight: Counter[str] = Counter()
         prompts = [Prompt(f"p{i}", (1, 2), "x") for i in range(400)]
         self.rollouts = RolloutPool(
             [StandIn(f"rollout-{i}", self) for i in range(actors)],  # type: ignore[misc]
@@ -121,23 +143,45 @@ class World:
             config.sync,
         )
         for actor in self.rollouts.actors:
-            actor.version = 0
+            self.rollouts.slots.set_version(actor.remote.name, 0)
         self.scoring = ScoringPool([StandIn("scoring-0", self)], config.scoring)  # type: ignore[list-item]
-        self.controller = Controller(
+        scheduler = Scheduler(
+            groups_per_step=config.groups_per_step,
+            window=config.scheduler.first_window,
+            total_steps=config.run.steps,
+        )
+        totals = Totals()
+        self.sampling = Sampling(
             config=config,
-            scheduler=Scheduler(groups_per_step=2, window=window, total_steps=config.run.steps),
+            scheduler=scheduler,
             cursor=PromptCursor(prompts, 0),
             rollouts=self.rollouts,
             scoring=self.scoring,
+            totals=totals,
+            on_reward_error=self.failures.append,
+        )
+        self.controller = Controller(
+            config=config,
+            sampling=self.sampling,
             learner=Learner(self),  # type: ignore[arg-type]
-            hooks=Hooks(self._report, self.failures.append, self._checkpoint),
+            adaptation=Adaptation(config.scheduler, scheduler, groups_per_step=config.groups_per_step),
+            hooks=Hooks(self._report, self._checkpoint, self._evaluate, self.decisions.append),
+            totals=totals,
         )
 
     def _report(self, report: StepReport) -> None:
         self.reports.append(report)
 
     async def _checkpoint(self, step: int) -> None:
-        self.checkpoints.append((step, self.controller.pending_prompts()))
+        self.checkpoints.append((step, self.sampling.pending_prompts()))
+
+    async def _evaluate(self) -> dict[str, float]:
+        versions = {actor.version for actor in self.rollouts.actors}
+        assert self.sampling.scheduler.in_flight == 0
+        self.log.append(("evaluate", versions.pop()))
+        assert not versions
+        await asyncio.sleep(0.05)
+        return {"heldout/reward": 1.0}
 
     def run(self) -> None:
         async def all_of_it() -> None:
@@ -226,3 +270,126 @@ def test_a_stop_finishes_the_step_and_reports_it() -> None:
     assert len(world.reports) == len(steps) < 12
     assert world.log[-1] == ("publish", steps[-1] + 1)
     assert len(world.trained) == 2 * len(steps)
+
+
+@pytest.mark.parametrize(("window", "every"), [(1, 2), (3, 2), (3, 4)])
+def test_weights_go_out_at_the_publish_interval_and_lag_stays_in_the_window(window: int, every: int) -> None:
+    world = World(f"scheduler.publish_every={every}", window=window)
+    world.run()
+    published = [version for kind, version in world.log if kind == "publish"]
+    assert published == [v for v in range(1, 13) if v % every == 0]
+    assert [report.step for report in world.reports] == list(range(1, 13))
+    assert max(report.row["lag/max"] for report in world.reports) <= window
+    assert [r.row["timing_s/publish"] > 0 for r in world.reports] == [k % every == 0 for k in range(1, 13)]
+    # Rows of steps that published nothing hold no sync figures, rather than old ones.
+    assert ["timing_s/sync" in r.row for r in world.reports] == [k % every == 0 for k in range(1, 13)]
+
+
+def test_groups_spread_over_the_actors_and_never_exceed_their_slots() -> None:
+    world = World("rollout.max_groups_in_flight=3", actors=2, window=3)
+    world.run()
+    assert world.most_in_flight == {"rollout-0": 3, "rollout-1": 3}
+    assert all(actor.slot.in_flight == 0 for actor in world.rollouts.actors)
+
+
+def test_lag_is_split_into_flight_and_queue() -> None:
+    world = World(window=3)
+    world.run()
+    for report in world.reports:
+        row = report.row
+        assert row["lag/in_flight_mean"] + row["lag/in_queue_mean"] == pytest.approx(row["lag/mean"])
+        assert row["lag/in_flight_mean"] >= 0
+        assert row["lag/in_queue_mean"] >= 0
+    assert max(report.row["lag/in_queue_mean"] for report in world.reports) > 0
+
+
+def test_waits_are_told_apart_and_add_up() -> None:
+    """Sampling takes 100 ms, all else next to nothing: the learner waits for the window, or for slots."""
+    world = World(window=1)
+    world.sample_seconds = lambda _: 0.1
+    world.load_seconds = 0.0
+    world.run()
+    totals = world.controller.totals
+    assert sum(totals.wait_by_cause.values()) == pytest.approx(totals.learner_wait_s)
+    assert max(totals.wait_by_cause, key=lambda cause: totals.wait_by_cause[cause]) == "window"
+    full = World("rollout.max_groups_in_flight=1", actors=1, window=3)
+    full.sample_seconds = lambda _: 0.1
+    full.load_seconds = 0.0
+    full.run()
+    causes = full.controller.totals.wait_by_cause
+    assert max(causes, key=lambda cause: causes[cause]) == "sampling"
+
+
+def test_a_step_waits_for_the_group_that_is_due_and_says_so() -> None:
+    """One prompt takes far longer than the rest: the step that is its deadline waits for it and trains it."""
+    world = World(window=2)
+    world.sample_seconds = lambda prompt: 0.3 if prompt == slow else 0.001
+    order = PromptCursor([Prompt(f"p{i}", (1, 2), "x") for i in range(400)], 0)
+    slow = order.next().id
+    world.run()
+    assert world.trained.index(slow) // 2 == 2  # sampled with version 0, so due by step 2
+    assert world.controller.totals.wait_by_cause["deadline"] > 0.2
+
+
+def test_every_trained_group_leaves_its_times() -> None:
+    world = World(window=2)
+    world.run()
+    for report in world.reports:
+        *groups, moments = report.trace
+        assert [row["group"] for row in groups] == world.group_ids[2 * report.step - 2 : 2 * report.step]
+        for row in groups:
+            assert 0 <= row["dispatched_s"] <= row["sampled_s"] <= row["scored_s"] <= row["taken_s"]
+            assert row["learner_step"] == moments["learner_step"] == report.step
+        order = ("wait_from_s", "train_from_s", "train_to_s", "publish_from_s", "publish_to_s", "loaded_s")
+        assert [moments[name] for name in order] == sorted(moments[name] for name in order)
+
+
+def test_the_adaptive_window_widens_while_the_learner_waits_and_narrows_when_samples_drift() -> None:
+    world = World("run.steps=60", "scheduler.max_window=4", window="adaptive", actors=2)
+    world.sample_seconds = lambda _: 0.02  # a step at S = 1 takes 20 ms, at S = 4 it could take 5
+    world.train_seconds = 0.003
+    world.run()
+    assert any(d.setting == "window" and d.new > d.old for d in world.decisions)
+    assert max(report.row["lag/max"] for report in world.reports) <= 4
+    drifting = World("run.steps=60", "scheduler.max_window=4", window="adaptive", actors=2)
+    drifting.sample_seconds = lambda _: 0.004
+    drifting.drift = 0.2  # four times what the default accepts, a version
+    drifting.run()
+    halved = [d for d in drifting.decisions if d.setting == "window" and d.new < d.old]
+    assert halved
+    assert halved[-1].new == 0
+    # It tries again now and then, less and less often, and takes the step back at once.
+    assert sum(report.row["lag/max"] > 0 for report in drifting.reports) <= 15
+
+
+def test_measurement_changes_nothing_where_the_window_is_fixed() -> None:
+    world = World(window=2)
+    world.drift = 5.0
+    world.run()
+    assert world.decisions == []
+    assert {report.row["scheduler/window"] for report in world.reports} == {2}
+    assert world.reports[-1].row["mismatch/drift"] == pytest.approx(5.0, rel=0.05)
+
+
+@pytest.mark.parametrize(("window", "every"), [(0, 1), (3, 3)])
+def test_evaluations_run_on_the_weights_of_their_step_and_off_the_clock(window: int, every: int) -> None:
+    world = World("run.evaluate_every=4", f"scheduler.publish_every={every}", window=window)
+    world.run()
+    # Of 12 steps, after the 4th and the 8th; the last one has the evaluation that every run has.
+    assert [version for kind, version in world.log if kind == "evaluate"] == [4, 8]
+    assert [report.step for report in world.reports if "heldout/reward" in report.row] == [4, 8]
+    assert [report.step for report in world.reports] == list(range(1, 13))
+    elapsed = [report.row["time/training_s"] for report in world.reports]
+    assert elapsed == sorted(elapsed)
+    took = sum(report.row["timing_s/step"] for report in world.reports)
+    assert elapsed[-1] == pytest.approx(took, rel=0.2)  # the two evaluations of 50 ms are in neither
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_the_first_actor_with_new_weights_does_not_take_the_whole_step(window: int) -> None:
+    world = World("run.batch_size=24", actors=3, window=window)  # 12 groups a step
+    world.sample_seconds = lambda _: 0.005
+    world.load_seconds = 0.004
+    world.run()
+    by_actor = Counter(world.sampled_by.values())
+    assert min(by_actor.values()) >= sum(by_actor.values()) / 6

@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from cluster.figures import draw_all, moving_mean
+from cluster.drawing import moving_mean
+from cluster.figures import draw_all
 from cluster.report import write_report
 from cluster.report_data import load_run
 

@@ -126,7 +126,8 @@ def test_a_run_with_a_slow_learner_keeps_its_bound_and_leaves_what_it_promises(
     start: Callable[..., Run],
 ) -> None:
     # Three passes in two minibatches make the learner slower than rollout, so the queue fills to the window.
-    run = start(SMALL, "--set", "scheduler.window=2", "--set", "ppo.epochs=3", "--set", "ppo.minibatches=2")
+    slow = ("--set", "ppo.epochs=3", "--set", "ppo.minibatches=2", "--set", "run.evaluate_every=2")
+    run = start(SMALL, "--set", "scheduler.window=2", *slow)
     output = run.finish()
     assert run.process.returncode == 0, output
     summary = run.json("summary.json")
@@ -142,6 +143,13 @@ def test_a_run_with_a_slow_learner_keeps_its_bound_and_leaves_what_it_promises(
         assert row["lag/max"] <= 2
         assert row["ppo/first_ratio_deviation"] < 1e-4
         assert row["monitor/unknown_metrics"] == 0
+        assert row["lag/in_flight_mean"] + row["lag/in_queue_mean"] == pytest.approx(row["lag/mean"])
+        assert sum(row.get(f"mismatch/tokens_by_lag/{lag}", 0) for lag in range(3)) > 0
+    assert run.rows()[1]["mismatch/kl_by_lag/0"] < 1e-6  # both engines still had the very same weights
+    assert [row["learner_step"] for row in run.rows() if row.get("heldout/reward") is not None] == [0, 2, 4]
+    times = run.rows("rollouts.jsonl")
+    assert sorted(row["group"] for row in times if "group" in row) == list(range(4 * 32 // 4))
+    assert [row["learner_step"] for row in times if "group" not in row] == [1, 2, 3, 4]
     report = (run.run_dir / "report.html").read_text()
     assert report.count("data:image/") >= 6
     assert list((run.run_dir / "wandb").glob("offline-run-*"))
@@ -157,8 +165,11 @@ def test_a_run_with_a_slow_learner_keeps_its_bound_and_leaves_what_it_promises(
 
 
 def test_interrupt_saves_and_resume_goes_on_where_it_was(start: Callable[..., Run]) -> None:
-    run = start(SMALL, "--set", "run.steps=500", "--set", "run.checkpoint_every=0")
-    run.wait_for(lambda: len(run.rows()) >= 3)
+    adaptive = ("--set", "run.checkpoint_every=0", "--set", 'scheduler.window="adaptive"')
+    # A limit that no drift keeps: the rule must narrow the window to 0, and a resumed run go on from there.
+    adaptive += ("--set", "scheduler.max_drift=1e-12")
+    run = start(SMALL, "--set", "run.steps=500", *adaptive)
+    run.wait_for(lambda: len(run.rows()) >= 3 and bool(run.rows("decisions.jsonl")))
     run.process.send_signal(signal.SIGINT)
     output = run.finish()
     assert run.process.returncode == 1, output
@@ -168,13 +179,18 @@ def test_interrupt_saves_and_resume_goes_on_where_it_was(start: Callable[..., Ru
     state = run.json(f"checkpoints/step_{done:06d}/state.json")
     first_reward = run.rows()[0]["heldout/reward"]
 
-    resumed = start(SMALL, "--set", f"run.steps={done + 2}", "--set", "run.checkpoint_every=0", "--resume")
+    (decision, *_) = run.rows("decisions.jsonl")
+    assert (decision["setting"], decision["old"], decision["new"]) == ("window", 1, 0)
+    assert "max_drift" in decision["reason"]
+
+    resumed = start(SMALL, "--set", f"run.steps={done + 2}", *adaptive, "--resume")
     output = resumed.finish()
     assert resumed.process.returncode == 0, output
     summary = resumed.json("summary.json")
     assert (summary["status"], summary["steps"]) == ("completed", done + 2)
     assert summary["reward_initial"] == pytest.approx(first_reward)  # of the first start, not measured anew
     assert resumed.steps == list(range(done + 3))
+    assert [row["scheduler/window"] for row in resumed.rows()[-2:]] == [0, 0]
     # Each prompt handed out is trained once: those under way at the interrupt came first, none is left over.
     final = resumed.json(f"checkpoints/step_{done + 2:06d}/state.json")
     assert state["pending"]

@@ -11,6 +11,7 @@ from learner.advantages import (
     mean_and_std,
     moments,
     token_rewards,
+    vtrace_targets,
     whiten,
 )
 
@@ -60,6 +61,52 @@ def test_lambda_one_is_return_minus_value_and_lambda_zero_is_delta(seed: int, ga
     zero, _ = generalised_advantages(rewards, values, mask, gamma=gamma, lam=0.0)
     following = torch.cat([values[:, 1:], torch.zeros(4, 1, dtype=torch.float64)], dim=1)
     torch.testing.assert_close(zero, (rewards + gamma * following - values) * mask)
+
+
+def test_vtrace_by_hand() -> None:
+    # γ = 0.5, λ = 1, caps ρ̄ = 2 and c̄ = 1. r = (1, 2, 3), V = (1, 2, 4), w = (3, ½, 1).
+    # TD errors as in the advantages above: 1, 2, −1. ρ = (2, ½, 1), c = (1, ½, 1).
+    # e₂ = 1·(−1) = −1;  e₁ = ½·2 + 0.5·½·(−1) = 0.75;  e₀ = 2·1 + 0.5·1·0.75 = 2.375; v = V + e.
+    # Row 1: r = 7, V = 3, w = ¼: v = 3 + ¼·4 = 4.
+    targets = vtrace_targets(
+        torch.tensor([[1.0, 2.0, 3.0], [7.0, 50.0, 60.0]]),
+        torch.tensor([[1.0, 2.0, 4.0], [3.0, 70.0, 80.0]]),
+        torch.tensor([[3.0, 0.5, 1.0], [0.25, 9.0, 9.0]]),
+        MASK,
+        gamma=0.5,
+        lam=1.0,
+        rho_cap=2.0,
+        c_cap=1.0,
+    )
+    torch.testing.assert_close(targets, torch.tensor([[3.375, 2.75, 3.0], [4.0, 0.0, 0.0]]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), gamma=st.floats(0.5, 1.0), lam=st.floats(0.0, 1.0))
+def test_on_policy_vtrace_is_gae_to_the_last_bit(seed: int, gamma: float, lam: float) -> None:
+    """At w = 1 and caps of at least 1, v − V = GAE(λ), and so at λ = 1 v is the return."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(5)[None] < torch.randint(1, 6, (4, 1), generator=generator)
+    rewards, values = torch.randn(2, 4, 5, generator=generator) * mask
+    _, returns = generalised_advantages(rewards, values, mask, gamma=gamma, lam=lam)
+    targets = vtrace_targets(
+        rewards, values, torch.ones(4, 5), mask, gamma=gamma, lam=lam, rho_cap=1.0, c_cap=1.0
+    )
+    assert torch.equal(targets, returns)
+
+
+def test_vtrace_learns_the_value_of_the_learner_from_the_samplers_tokens() -> None:
+    """One step, symbols with μ = (½, ½), π = (¼, ¾), R = (0, 1): w = (½, 3/2), and at V = ¾ = E_π[R] the mean
+    change over μ is Σ μ·w·(R − V) = ½·½·(−¾) + ½·3/2·¼ = 0 with ρ̄ ≥ 3/2. With ρ̄ = 1 the fixed point is
+    V = Σ min(μ, π)·R/Σ min(μ, π) = ½/¾ = 2/3, between E_μ[R] = ½ and ¾.
+    """
+    weights = torch.tensor([[0.5], [1.5]])
+    rewards = torch.tensor([[0.0], [1.0]])
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    for cap, fixed_point in ((2.0, 3 / 4), (1.0, 2 / 3)):
+        values = torch.full((2, 1), fixed_point)
+        targets = vtrace_targets(rewards, values, weights, mask, gamma=1.0, lam=1.0, rho_cap=cap, c_cap=1.0)
+        assert float((targets - values).mean()) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_whitening_by_hand() -> None:

@@ -63,6 +63,7 @@ def test_share_by_hand_distrusts_a_sampler_that_is_not_finite() -> None:
     assert share.trusted.tolist() == [[False, True], [True, False]]
     torch.testing.assert_close(share.sampler_logprobs, torch.tensor([[0.0, -1.5], [-0.5, 0.0]]))
     torch.testing.assert_close(share.reference_logprobs, torch.tensor([[-2.0, -2.5], [-0.1, 0.0]]))
+    assert share.lags.tolist() == [[2, 1], [1, 0]]  # at version 5, of versions 3, 4 and 4
 
 
 def test_a_rank_may_have_nothing() -> None:

@@ -38,6 +38,46 @@ def test_approx_kl_by_hand() -> None:
     assert sums["ppo/approx_kl"].item() == pytest.approx((1 - math.log(2)) / 2)
 
 
+def test_every_token_may_have_a_clip_range_of_its_own() -> None:
+    # ρ = 1.3, A = 1. ε = 0.2: 1.2, clipped. ε = 0.1: 1.1, clipped. ε = 0.4: 1.3, not.
+    clip = torch.tensor([0.2, 0.1, 0.4], dtype=torch.float64)
+    loss, sums, gradient = policy([1.3, 1.3, 1.3], [1.0, 1.0, 1.0], clip=clip)
+    assert loss.item() == pytest.approx(-(1.2 + 1.1 + 1.3) / 3)
+    assert sums["ppo/clip_fraction"].item() == pytest.approx(2 / 3)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 0.0, -1.3 / 3]))
+
+
+def test_one_clip_range_for_all_is_the_same_to_the_last_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logprobs, old, advantages, weights = torch.randn(4, 200, generator=generator)
+    for clip in (0.2, 0.1, 0.3, 0.28):
+        options = {"dual_clip": None, "count": 200.0}
+        one, _ = policy_loss(logprobs, old, advantages, weights, clip=clip, **options)
+        each = torch.full((200,), clip, dtype=torch.float64)
+        many, _ = policy_loss(logprobs, old, advantages, weights, clip=each, **options)
+        assert torch.equal(one, many)
+
+
+def test_decoupled_and_coupled_losses_by_hand() -> None:
+    # π/μ = 1.5, the learner has not moved yet (π = π_prox), A = 1, ε = 0.2.
+    # Decoupled: ρ = π/π_prox = 1, w = π_prox/μ = 1.5: −1.5·1, gradient −1.5.
+    # Coupled: ρ = π/μ = 1.5 is clipped to 1.2, no gradient: the clip bounds the sampler's distance as well.
+    sampler, proximal = torch.tensor([-2.0]), torch.tensor([-2.0 + math.log(1.5)])
+    logprobs = proximal.clone().requires_grad_()
+    ones, advantages = torch.ones(1), torch.ones(1)
+    options = {"clip": 0.2, "dual_clip": None, "count": 1.0}
+    weight = (proximal - sampler).exp()
+    decoupled, _ = policy_loss(logprobs, proximal, advantages, weight, **options)
+    decoupled.backward()
+    assert decoupled.item() == pytest.approx(-1.5)
+    assert logprobs.grad.item() == pytest.approx(-1.5)
+    logprobs.grad = None
+    coupled, _ = policy_loss(logprobs, sampler, advantages, ones, **options)
+    coupled.backward()
+    assert coupled.item() == pytest.approx(-1.2)
+    assert logprobs.grad.item() == 0.0
+
+
 def test_dual_clip_bounds_a_loss_that_exploded() -> None:
     # c = 3, A = −1: ρ = 10 gives min(10, 3) = 3 with no gradient; ρ = 2 gives 2, as before.
     # A = +1, ρ = 10: the ordinary clip, −1.2.

@@ -7,8 +7,8 @@ from learner.settings import OptimizerSettings, PPOSettings
 
 
 def test_zero_is_none_and_can_be_set() -> None:
-    settings = PPOSettings(clip_value=0.0, importance_cap=0.0, dual_clip=0.0)
-    assert (settings.clip_value, settings.importance_cap, settings.dual_clip) == (0.0, 0.0, 0.0)
+    settings = PPOSettings(clip_value=0.0, dual_clip=0.0)
+    assert (settings.clip_value, settings.dual_clip) == (0.0, 0.0)
     assert PPOSettings(dual_clip=1.5).dual_clip == 1.5
 
 

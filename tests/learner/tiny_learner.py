@@ -9,7 +9,14 @@ from learner_ranks import free_port
 
 from actors.language_model import load_causal_model, response_logprobs
 from actors.records import Completion, Group, Prompt, Trajectory
-from learner.settings import LearnerSettings, ModelSettings, OptimizerSettings, PPOSettings, WarmupSettings
+from learner.settings import (
+    CorrectionSettings,
+    LearnerSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PPOSettings,
+    WarmupSettings,
+)
 from learner.worker import LearnerJob, LearnerWorker
 
 VOCABULARY = 19
@@ -45,8 +52,14 @@ def make_groups(
     reference_shift: float = 0.0,
     sampler_shift: float = 0.0,
     temperature: float = 1.0,
+    sampler_noise: float = 0.0,
+    oldest: int | None = None,
 ) -> list[Group]:
-    """Groups of random responses; sampler and reference are the model itself, moved by constants."""
+    """Groups of random responses; sampler and reference are the model itself, moved by constants.
+
+    `sampler_noise` is the spread of a further change of each sampler log-probability. With `oldest`, every
+    token is of some version from that one to `version`.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, count: int) -> tuple[int, ...]:
@@ -67,10 +80,14 @@ def make_groups(
         trajectories = []
         for response in responses:
             own = next(flat)
+            noise = sampler_noise * torch.randn(len(response), generator=draw)
+            versions = torch.randint(
+                version if oldest is None else oldest, version + 1, (len(response),), generator=draw
+            )
             completion = Completion(
                 response,
-                tuple((own + sampler_shift).tolist()),
-                (version,) * len(response),
+                tuple((own + sampler_shift + noise).tolist()),
+                tuple(versions.tolist()),
                 "",
                 "stop" if response[-1] % 2 else "length",
             )
@@ -90,6 +107,7 @@ def make_job(path: str, **changes: Any) -> LearnerJob:
         learner=LearnerSettings(**{"micro_batch_tokens": 64, "device": "cpu"} | changes.get("learner", {})),
         optimizer=OptimizerSettings(**{"lr": 1e-3} | changes.get("optimizer", {})),
         ppo=PPOSettings(**changes.get("ppo", {})),
+        correction=CorrectionSettings(**changes.get("correction", {})),
         warmup=WarmupSettings(**changes.get("warmup", {})),
         temperature=changes.get("temperature", 1.0),
         seed=changes.get("seed", 0),

@@ -1,0 +1,217 @@
+"""Wall-clock to the same held-out reward: synchronous, fixed windows and the adaptive one, paired over seeds.
+
+    python -m benchmarks.time_to_reward [--workloads tail verifier learner] [--seeds 3] [--steps 40]
+    python -m benchmarks.time_to_reward --summarise
+
+Every run of a seed starts from the same warmed-up policy and the same data; only `scheduler.window` differs.
+The clock is `time/training_s`: what training takes, without start-up and the pauses for evaluation (what is
+in flight when one begins comes back on the clock). The target of a workload and seed is the reward at which
+the synchronous run has made 80 % of its own gain. Each finished run is added to time_to_reward.json at once,
+so an interrupted benchmark goes on where it was.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from scipy import stats
+
+from benchmarks.machine import StolenTime, describe
+from benchmarks.workloads import WARM_UP, WORKLOADS, config, write_data
+from cluster.monitor import read_rows
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "time_to_reward.json"
+MODES = {"sync": "0", "S=1": "1", "S=2": "2", "S=4": "4", "S=8": "8", "adaptive": "adaptive"}
+EVALUATIONS = 5
+
+
+def train(text: str, folder: Path, overrides: list[str]) -> None:
+    """One job in a process of its own."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = folder.parent / f"{folder.name}.toml"
+    file.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "cluster.cli", "train", str(file), "--run-dir", str(folder)]
+    for override in overrides:
+        command += ["--set", override]
+    with (folder.parent / f"{folder.name}.log").open("w") as log:
+        subprocess.run(command, cwd=HERE.parent, check=True, stdout=log, stderr=subprocess.STDOUT)
+
+
+def warmed_up(workload: str, seed: int, folder: Path) -> Path:
+    """The policy that all modes of this workload and seed start from."""
+    data = folder / "data"
+    run = folder / "warm-up"
+    if not (run / "summary.json").exists():
+        write_data(workload, seed, data)
+        train(
+            config(workload, data, "") + WARM_UP.format(data=data),
+            run,
+            ["run.steps=1", f"run.seed={seed}", "optimizer.lr=1e-9"],
+        )
+    return run / "reference"
+
+
+def one_run(workload: str, seed: int, mode: str, steps: int, folder: Path) -> dict[str, Any]:
+    """Train in one mode and say what came of it."""
+    model = warmed_up(workload, seed, folder)
+    run = folder / mode
+    clock = time.monotonic()
+    stolen = StolenTime(clock)
+    overrides = [f"run.steps={steps}", f"run.seed={seed}", f"scheduler.window={MODES[mode]}"]
+    train(
+        config(workload, folder / "data", str(model)),
+        run,
+        [*overrides, f"run.evaluate_every={steps // EVALUATIONS}"],
+    )
+    rows = list(read_rows(run / "metrics.jsonl"))
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    steps_rows = [row for row in rows if row.get("timing_s/step")]
+    steady = steps_rows[len(steps_rows) // 4 :]
+    return {
+        "workload": workload,
+        "seed": seed,
+        "mode": mode,
+        "steps": steps,
+        "curve": [
+            [row.get("time/training_s", 0.0), row["heldout/reward"]]
+            for row in rows
+            if row.get("heldout/reward") is not None
+        ],
+        "training_s": steps_rows[-1]["time/training_s"],
+        "step_s_median": median(row["timing_s/step"] for row in steady),
+        "learner_step_s_median": median(row["timing_s/learner_step"] for row in steady),
+        "wait_fraction": sum(row["wait/learner_s"] for row in steady)
+        / sum(row["timing_s/step"] for row in steady),
+        "wait_by_cause_s": summary["wait_by_cause"],
+        "rollout_wait_fraction": summary["rollout_wait_fraction"],
+        "efficiency": mean(row["perf/efficiency"] for row in steady),
+        "lag_mean": summary["lag_mean"],
+        "lag_max": summary["lag_max"],
+        "window_final": summary["window_final"],
+        "reward_final": summary["reward_final"],
+        "mismatch_kl": mean(row["mismatch/kl"] for row in steady),
+        "ess": mean(row["mismatch/ess"] for row in steady),
+        "cpu_stolen_fraction": stolen.share(time.monotonic()),
+    }
+
+
+def time_to(curve: list[list[float]], target: float) -> float | None:
+    """The moment at which the curve first reaches the target, linear between evaluations."""
+    if curve[0][1] >= target:
+        return 0.0
+    for (t0, r0), (t1, r1) in pairwise(curve):
+        if r1 >= target:
+            return t0 + (t1 - t0) * (target - r0) / (r1 - r0)
+    return None
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Speed-up over sync to the same reward by workload and mode: median of paired ratios, and t interval."""
+    table: dict[str, Any] = {}
+    for workload in WORKLOADS:
+        mine = [run for run in runs if run["workload"] == workload]
+        speedups: dict[str, list[float]] = {}
+        missed: dict[str, int] = {}
+        for seed in sorted({run["seed"] for run in mine}):
+            by_mode = {run["mode"]: run for run in mine if run["seed"] == seed}
+            if "sync" not in by_mode:
+                continue
+            first = by_mode["sync"]["curve"][0][1]
+            best = {mode: max(reward for _, reward in run["curve"]) for mode, run in by_mode.items()}
+            target = first + 0.8 * (best["sync"] - first)
+            base = time_to(by_mode["sync"]["curve"], target)
+            for mode, run in by_mode.items():
+                reached = time_to(run["curve"], target)
+                if reached is None or base is None:
+                    missed[mode] = missed.get(mode, 0) + 1
+                else:
+                    speedups.setdefault(mode, []).append(base / reached)
+        table[workload] = {
+            mode: {
+                "speedup_median": median(values),
+                "speedup_mean_ci95": _interval(values),
+                "seeds": len(values),
+                "target_missed": missed.get(mode, 0),
+                "speedups": values,
+                "step_s": median(r["step_s_median"] for r in mine if r["mode"] == mode),
+                "lag_mean": mean(r["lag_mean"] for r in mine if r["mode"] == mode),
+                "wait_fraction": mean(r["wait_fraction"] for r in mine if r["mode"] == mode),
+                "efficiency": mean(r["efficiency"] for r in mine if r["mode"] == mode),
+                "reward_final": mean(r["reward_final"] for r in mine if r["mode"] == mode),
+            }
+            for mode, values in speedups.items()
+        }
+    return table
+
+
+def _interval(values: list[float]) -> list[float] | None:
+    """95 % t interval of the mean of the paired ratios; None for a single one."""
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return [mean(values) - half, mean(values) + half]
+
+
+def show(table: dict[str, Any]) -> None:
+    """The summary as text."""
+    for workload, modes in table.items():
+        if modes:
+            print(f"\n{workload}: time to the same held-out reward, against sync")
+        for mode, row in modes.items():
+            interval = row["speedup_mean_ci95"]
+            ends = f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "(one seed)"
+            missed = f", target missed {row['target_missed']} times" if row["target_missed"] else ""
+            print(
+                f"  {mode:9s} {row['speedup_median']:.2f}× {ends}  step {row['step_s']:.2f} s, mean lag "
+                f"{row['lag_mean']:.2f}, learner waits {row['wait_fraction']:.0%}, η "
+                f"{row['efficiency']:.2f}, final reward {row['reward_final']:.3f}{missed}"
+            )
+
+
+def main() -> None:
+    """Run what is missing, then summarise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further run after so long")
+    parser.add_argument("--keep", type=Path, help="keep the run folders here")
+    parser.add_argument("--summarise", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"runs": []}
+    done = {(run["workload"], run["seed"], run["mode"]) for run in results["runs"]}
+    ends = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        # Seed by seed and workload by workload: the runs that are compared stand next to each other in time.
+        for seed in range(options.seeds):
+            for workload in options.workloads:
+                for mode in options.modes:
+                    if options.summarise or (workload, seed, mode) in done or time.monotonic() > ends:
+                        continue
+                    print(f"{workload}, seed {seed}, {mode} …", flush=True)
+                    place = folder / workload / f"seed-{seed}"
+                    results["runs"].append(one_run(workload, seed, mode, options.steps, place))
+                    results |= {"command": "python -m benchmarks.time_to_reward", "machine": describe()}
+                    _write(results)
+    results["summary"] = summarise(results["runs"])
+    if results["runs"]:
+        _write(results)
+    show(results["summary"])
+
+
+def _write(results: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
