@@ -35,6 +35,9 @@ class RolloutSettings(Settings):
     max_attempts: int = Field(3, ge=1, description="Times a group is sampled before the run stops.")
 
 
+BATCH_GROUPS = 16  # groups scored in one call: enough to fill the reference's forward pass
+
+
 class ScoringSettings(Settings):
     """`[scoring]`: the Ray actors that compute rewards and the reference's log-probabilities."""
 

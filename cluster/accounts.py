@@ -39,7 +39,7 @@ def wait_cause(*, enough_ready: bool, refusal: Refusal) -> WaitCause:
 
 @dataclass(frozen=True, slots=True)
 class TakenGroup:
-    """A group as a step takes it, and its times; `ready_step`: the learner's next step when it was ready."""
+    """A group as a step takes it, and its times; `ready_step`: steps finished when it was ready."""
 
     group: Group
     ready_step: int
@@ -154,10 +154,10 @@ def length_metrics(totals: Totals) -> dict[str, float]:
 
 
 def lag_split(taken: Sequence[TakenGroup], step: int) -> dict[str, float]:
-    """Mean lag over tokens, split where the group became ready: lag = (ready − version) + (step − ready).
+    """Mean lag over tokens, split where the group was ready: lag = (ready − version) + (step − ready).
 
-    In flight: versions that appeared between the token's own and the group's being ready; in queue: steps
-    that were trained between that and its own. Their sum is `lag/mean`.
+    `ready` counts the learner steps that were finished when the group was ready. In flight: steps that ended
+    while it was sampled and scored; in queue: those that ended while it waited. Their sum is `lag/mean`.
     """
     in_flight = in_queue = tokens = 0
     for one in taken:

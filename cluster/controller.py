@@ -146,6 +146,7 @@ class Controller:
             step.moments["train_from_s"] = self._now()
             step.row = await self.learner.step([one.group for one in step.taken], step.number)
             step.moments["train_to_s"] = self._now()
+            self.sampling.finished_steps = step.number + 1
             # From one step's end to the next: what a step takes, publishing included.
             period, last = self._now() - last, self._now()
             self._adapt(step, ready_left, period)

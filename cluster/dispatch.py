@@ -7,7 +7,6 @@ the actors of a version stand in one heap, ordered by load.
 
 import heapq
 from dataclasses import dataclass
-from operator import attrgetter
 
 from cluster.scheduler import Admission, Refusal, Scheduler
 
@@ -74,13 +73,10 @@ class Dispatcher:
 
     def best_of_each_version(self) -> list[ActorSlots]:
         """Of each version the least busy actor with a free slot; the least busy first, then the newest."""
-        best = []
-        for version in list(self._heaps):
-            if (actor := self._head(version)) is not None:
-                best.append(actor)
-        if len(best) < 2:
-            return best
-        return sorted(sorted(best, key=attrgetter("version"), reverse=True), key=attrgetter("in_flight"))
+        best = [actor for version in list(self._heaps) if (actor := self._head(version)) is not None]
+        if len(best) > 1:
+            best.sort(key=lambda actor: (actor.in_flight, -actor.version))
+        return best
 
     def _offer(self, actor: ActorSlots) -> None:
         self._stamps += 1
@@ -94,21 +90,19 @@ class Dispatcher:
     def _head(self, version: int) -> ActorSlots | None:
         """The least busy actor of a version; forgets entries that no longer hold, and versions with none."""
         heap = self._heaps[version]
+        actors = self._actors
         while heap:
             _, stamp, name = heap[0]
-            if self._holds(name, stamp):
-                return self._actors[name]
+            if (actor := actors.get(name)) is not None and actor.stamp == stamp:
+                return actor
             heapq.heappop(heap)
         del self._heaps[version]
         return None
 
-    def _holds(self, name: str, stamp: int) -> bool:
-        actor = self._actors.get(name)
-        return actor is not None and actor.stamp == stamp
-
     def _sweep(self, heap: list[tuple[int, int, str]]) -> None:
         """Drop the entries that no longer hold, so that a heap stays as long as there are actors."""
-        heap[:] = [entry for entry in heap if self._holds(entry[2], entry[1])]
+        newest = {(actor.stamp, name) for name, actor in self._actors.items()}
+        heap[:] = [entry for entry in heap if entry[1:] in newest]
         heapq.heapify(heap)
 
 
@@ -118,11 +112,12 @@ def next_dispatch(scheduler: Scheduler, dispatcher: Dispatcher) -> tuple[Admissi
     No actor gets more than an even share of what may be in flight: else the first to load new weights would
     take a whole step's groups, and those that are ready a moment later none.
     """
-    room = scheduler.room
-    share = -(-(dispatcher.in_flight + room) // max(1, len(dispatcher)))
+    if (full := scheduler.full()) is not None:
+        return full
+    share = -(-(dispatcher.in_flight + scheduler.room) // max(1, len(dispatcher)))
     refusal = Refusal.NO_SLOT
     for actor in dispatcher.best_of_each_version():
-        if room and actor.in_flight >= share:
+        if actor.in_flight >= share:
             continue
         answer = scheduler.admit(actor.version)
         if isinstance(answer, Admission):

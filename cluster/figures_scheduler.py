@@ -79,12 +79,13 @@ def draw_drift(run: RunData, axes: Axes) -> bool:
     limit = run.setting("scheduler.max_drift")
     if run.setting("scheduler.window") == "adaptive" and limit is not None:
         axes.axhline(float(limit), color=INK, ls="--", lw=1.2, label="limit")
-    axes.set_yscale("log")
     axes.set_xlabel("lag of a token (learner steps)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(-0.5, max(*lags, 1) + 0.5)
     axes.set_ylabel("KL(sampler ‖ learner)\n(nats a token)")
-    legend(axes, "lower right")
+    highest = max(max(values) for values in by_lag.values())
+    axes.set_ylim(0, 1.35 * highest)
+    legend(axes, "upper right")
     return True
 
 

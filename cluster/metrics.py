@@ -89,8 +89,8 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
     ),
     "Lag and mismatch": (
         Metric("lag/mean", "Mean over trained tokens of the learner's step minus the version that sampled them.", "steps", "0 to `scheduler.window`", NONE),
-        Metric("lag/in_flight_mean", "The part of `lag/mean` from a token's sampling until its group was ready.", "steps", NONE, "Large: responses are long beside a step; raise `rollout.actors`."),
-        Metric("lag/in_queue_mean", "The part of `lag/mean` that its group then waited, ready, for its step.", "steps", "near 0", "Large: groups are sampled too early; lower `scheduler.window` or use `\"adaptive\"`."),
+        Metric("lag/in_flight_mean", "The part of `lag/mean` that arose while the group was sampled and scored: learner steps that ended meanwhile.", "steps", NONE, "Large: responses are long beside a step; raise `rollout.actors`."),
+        Metric("lag/in_queue_mean", "The part of `lag/mean` that arose while the group waited, ready, for its step.", "steps", "near 0", "Large: groups are sampled too early; lower `scheduler.window` or use `\"adaptive\"`."),
         Metric("lag/max", "Largest lag of a trained token.", "steps", "at most `scheduler.window`", "Never above: the run would stop."),
         Metric("mismatch/tokens", "Trained tokens that the mismatch is measured on: all whose sampler log-probability is finite.", "tokens", "all of them", "See `mismatch/nonfinite_tokens`."),
         Metric("mismatch/ess", "(Σw)² / (n Σw²) over tokens, w = π / μ on raw weights, π the learner at the start of its step: the share of tokens that still count.", "share", "above 0.9", "Low: lower `scheduler.window` or `optimizer.lr`."),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.records import Group, Prompt, RewardFailure, SampledGroup, SampleRequest
+from actors.settings import BATCH_GROUPS
 from actors.waits import within
 from cluster.accounts import TakenGroup, Totals
 from cluster.config import JobConfig
@@ -20,7 +21,7 @@ from cluster.prompt_cursor import PromptCursor
 from cluster.remote import WorkerFailedError
 from cluster.rollout_pool import RolloutActor, RolloutPool
 from cluster.scheduler import Refusal, Scheduler
-from cluster.scoring_pool import BATCH_GROUPS, ScoringPool
+from cluster.scoring_pool import ScoringPool
 
 _RECENT_GROUPS = 64  # over which the share of reward errors is watched
 
@@ -63,10 +64,12 @@ class Sampling:
     _spawn: asyncio.TaskGroup | None = None
     _tasks: "set[asyncio.Task[None]]" = field(default_factory=set)
     _began: float = 0.0
+    finished_steps: int = 0  # that the learner has taken; the controller counts them
 
     def start(self, tasks: asyncio.TaskGroup, began: float) -> None:
         """Begin to sample, in tasks of this group; `began` is the moment from which times count."""
         self._spawn, self._began = tasks, began
+        self.finished_steps = self.scheduler.step
         self.pump()
 
     def stop(self) -> None:
@@ -171,7 +174,7 @@ class Sampling:
         if isinstance(scored, RewardFailure):
             self._leave_out(group_id, scored)
             return
-        work.scored, work.ready_step = scored, self.scheduler.step
+        work.scored, work.ready_step = scored, self.finished_steps
         work.times["scored_s"] = self._now()
         self.scheduler.complete(group_id, scored.oldest_version)
         self._recent_failures.append(False)

@@ -161,12 +161,23 @@ class Scheduler:
         """Admitted groups that no step has taken yet, ready or not."""
         return len(self._untrained)
 
+    def full(self) -> Refusal | None:
+        """Why no actor, whatever its weights, may have one more group; None where one on new weights may."""
+        untrained, groups = len(self._untrained), self._groups_per_step
+        if untrained >= groups * (self._total_steps - self._step):
+            return Refusal.BUDGET_SPENT
+        if untrained >= groups * (self._window + 1):
+            return Refusal.WINDOW_FULL
+        if self._ahead is not None and untrained >= self._ahead:
+            return Refusal.AHEAD_FULL
+        return None
+
     @property
     def room(self) -> int:
-        """Groups that could be admitted now on the newest weights, at most."""
+        """How many groups may be admitted now on the newest weights."""
         most = self._groups_per_step * min(self._window + 1, self._total_steps - self._step)
-        if self._ahead is not None:
-            most = min(most, self._ahead)
+        if self._ahead is not None and self._ahead < most:
+            most = self._ahead
         return max(0, most - len(self._untrained))
 
     @property
@@ -199,16 +210,11 @@ class Scheduler:
 
     def admit(self, actor_version: int) -> Admission | Refusal:
         """Ask to sample one more group on an actor that holds weights of `actor_version`."""
-        if len(self._untrained) >= (self._total_steps - self._step) * self._groups_per_step:
-            return Refusal.BUDGET_SPENT
+        if (full := self.full()) is not None:
+            return full
+        if not self.has_room_for(actor_version):
+            return Refusal.STALE_ACTOR  # a newer actor's group would get a later deadline, which has room
         deadline = actor_version + self._window
-        fits = deadline >= self._step and self._has_room(deadline)
-        if not fits and not self._has_room(self._step + self._window):
-            return Refusal.WINDOW_FULL
-        if self._ahead is not None and len(self._untrained) >= self._ahead:
-            return Refusal.AHEAD_FULL
-        if not fits:
-            return Refusal.STALE_ACTOR  # a newer actor's group would get a later deadline, which fits
         group_id = self._next_id
         self._next_id += 1
         self.dispatched += 1
@@ -307,13 +313,18 @@ class Scheduler:
                     f"{due_by} groups are due by step {due}, but the next step is {self._step}"
                 )
 
-    def _has_room(self, deadline: int) -> bool:
-        """Whether one more group with this deadline keeps the invariant.
+    def has_room_for(self, actor_version: int) -> bool:
+        """Whether one more group of these weights keeps the invariant.
 
         Only steps from `deadline` on have one more group due; from the last deadline down to it is O(S) at
         worst, and one comparison for a group on the newest weights.
         """
+        deadline = actor_version + self._window
+        if deadline < self._step:
+            return False
         due_by = len(self._untrained) + 1
+        if deadline >= self._last_deadline and due_by <= self._groups_per_step * (deadline - self._step + 1):
+            return True
         for due in range(max(self._last_deadline, deadline), deadline - 1, -1):
             if due_by > self._groups_per_step * (due - self._step + 1):
                 return False

@@ -4,10 +4,8 @@ import asyncio
 from collections.abc import Sequence
 
 from actors.records import Group, RewardFailure, SampledGroup
-from actors.settings import ScoringSettings
+from actors.settings import BATCH_GROUPS, ScoringSettings
 from cluster.remote import Remote
-
-BATCH_GROUPS = 16  # groups scored in one call: enough to fill the reference's forward pass
 
 
 class ScoringPool:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from actors.settings import BATCH_GROUPS
 from cluster.accounts import WaitCause, wait_cause
 from cluster.adaptation import Adaptation
 from cluster.dispatch import Dispatcher, next_dispatch
@@ -27,7 +28,6 @@ from cluster.sim_record import Recorder
 from cluster.sim_results import Plant, SimResult, StepRecord, synthetic_mismatch
 
 _MOST_LOSSES = 20  # of a group, on average: more, and a run would hardly ever end
-BATCH_GROUPS = 16  # as cluster.scoring_pool.BATCH_GROUPS, which this file must not import: it needs Ray
 
 
 class SimulationStalledError(RuntimeError):
@@ -55,13 +55,14 @@ class Simulation:
         self._clock = Agenda()
         self._notes = Recorder(self._clock, plant.actors, pictures=spans_of_steps > 0)
         self._flights: dict[int, Flight] = {}
-        self._scored: dict[int, tuple[Flight, int]] = {}  # ready groups, and k when they became so
+        self._scored: dict[int, tuple[Flight, int]] = {}  # ready groups, steps finished by then
         self._engines: dict[str, Engine] = {}
         self._dirty: dict[str, Engine] = {}  # engines whose next change must be found anew
         self._lost: deque[int] = deque()  # groups to dispatch again
         self._to_score: deque[Flight] = deque()
         self._free_scorers = plant.scorers
         self._published = 0
+        self._finished = 0  # learner steps
         self._syncing: set[str] = set()  # actors that have not proved the newest weights
         self._losses = self._lost_groups = 0
         self._learner_busy = False
@@ -153,9 +154,14 @@ class Simulation:
             self._flights[admission.group_id] = flight
             self._give(flight, self._engines[actor.name])
 
-    def _pump_slots(self) -> None:
-        """`_pump` after a slot became free or an actor got newer weights: which helps against these two."""
-        if self._lost or self._refusal in (Refusal.NO_SLOT, Refusal.STALE_ACTOR):
+    def _pump_slots(self, version: int) -> None:
+        """`_pump` after a slot became free on an actor of this version, where that can help."""
+        refusal = self._refusal
+        if (
+            self._lost
+            or refusal is Refusal.NO_SLOT
+            or (refusal is Refusal.STALE_ACTOR and self.scheduler.has_room_for(version))
+        ):
             self._pump()
 
     def _give(self, flight: Flight, engine: Engine) -> None:
@@ -201,7 +207,7 @@ class Simulation:
         self._rest_if_empty(engine)
         if engine.draining and not engine.loading and not engine.running:  # what was in flight has finished
             self._clock.at_work(self._begin_load(engine), self._loaded, ([engine], self._clock.wall))
-        self._pump_slots()
+        self._pump_slots(self._dispatcher[engine.name].version)
         self._score()
 
     def _rest_if_empty(self, engine: Engine) -> None:
@@ -234,7 +240,7 @@ class Simulation:
         for flight in batch:
             self.scheduler.complete(flight.group_id, flight.oldest_version)
             flight.scored = self._clock.wall
-            self._scored[flight.group_id] = (flight, self.scheduler.step)
+            self._scored[flight.group_id] = (flight, self._finished)
             self.transitions += 1
             moved |= flight.oldest_version > flight.admitted
         if moved:  # only a later deadline makes room
@@ -281,6 +287,7 @@ class Simulation:
         self._learner_works(False)
         self._notes.span("training", "learner", started, step=record.step)
         self._notes.finish(record)
+        self._finished = record.step + 1
         self._adapt(record)
         self._pump()
         if self.scheduler.step >= self.steps:
@@ -345,7 +352,7 @@ class Simulation:
             if self._is_there(engine):
                 self._dispatcher.set_version(engine.name, version)
                 self._syncing.discard(engine.name)
-                self._pump_slots()
+                self._pump_slots(version)
         self._sync_may_be_over()
 
     def _is_there(self, engine: Engine) -> bool:
@@ -392,12 +399,13 @@ class Simulation:
         if not self.plant.scheduler.is_adaptive:
             return
         before = self._notes.records[-2] if len(self._notes.records) > 1 else None
+        sync = self.workload.sync
         self.adaptation.after_step(
             record.step + 1,
             synthetic_mismatch(record.lags, self.workload.drift, self._rng),
             step_seconds=record.ended - (before.ended if before else 0.0),
             wait_seconds={cause.value: seconds for cause, seconds in record.waits.items()},
-            sync_seconds=before.sync_s if before else 0.0,
+            sync_seconds=sync.load_s + sync.actor_s * self.plant.actors if before else 0.0,
             published=self._published == record.step,
             ready_left=record.queued,
         )

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +60,7 @@ class StandIn:
         started = self.version
         load = self.world.rollouts.slots[self.name].in_flight
         self.world.most_in_flight[self.name] = max(self.world.most_in_flight[self.name], load)
-        await asyncio.sleep(self.world.sample_seconds(request.prompt.id))
+        await asyncio.sleep(self.world.sample_seconds(request.prompt.id) * self.world.slowness[self.name])
         if self.name in self.world.broken:
             raise WorkerFailedError(f"{self.name} failed to sample: no luck")
         tokens = tuple(range(3))
@@ -136,6 +136,7 @@ class World:
         self.load_seconds = 0.002
         self.engine, self.drift = 1e-5, 1e-4  # D(s) = engine + drift · s
         self.most_in_flight: Counter[str] = Counter()
+        self.slowness: defaultdict[str, float] = defaultdict(lambda: 1.0)
         prompts = [Prompt(f"p{i}", (1, 2), "x") for i in range(400)]
         self.rollouts = RolloutPool(
             [StandIn(f"rollout-{i}", self) for i in range(actors)],  # type: ignore[misc]
@@ -393,3 +394,23 @@ def test_the_first_actor_with_new_weights_does_not_take_the_whole_step(window: i
     world.run()
     by_actor = Counter(world.sampled_by.values())
     assert min(by_actor.values()) >= sum(by_actor.values()) / 6
+
+
+@pytest.mark.parametrize("window", [0, 2, "adaptive"])
+def test_actors_of_unequal_speed_and_a_learner_that_slows_down_keep_the_bound(window: int | str) -> None:
+    world = World("run.steps=30", "scheduler.max_window=3", window=window, actors=3)
+    world.slowness["rollout-2"] = 20.0
+    report = world._report
+
+    def slow_down(done: StepReport) -> None:
+        report(done)
+        world.train_seconds = 0.02 if 10 <= done.step < 20 else 0.001
+
+    world.controller.hooks.on_step = slow_down
+    world.run()
+    assert [one.step for one in world.reports] == list(range(1, 31))
+    assert max(one.row["lag/max"] for one in world.reports) <= (3 if window == "adaptive" else int(window))
+    assert set(world.sampled_by.values()) == {"rollout-0", "rollout-1", "rollout-2"}
+    totals = world.controller.totals
+    assert totals.groups_dispatched == totals.groups_sampled == totals.groups_trained == 60
+    assert totals.lengths_sampled == totals.lengths_trained  # nothing slow was left out

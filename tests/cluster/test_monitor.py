@@ -140,6 +140,29 @@ def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path: Path) -> None:
     assert [row["completion"] for row in rows(tmp_path / "samples.jsonl")] == ["1", "2", "3"]
 
 
+def test_decisions_and_times_go_to_files_of_their_own_and_are_rewound_with_the_rest(tmp_path: Path) -> None:
+    decision = {
+        "setting": "window",
+        "old": 1,
+        "new": 2,
+        "reason": "the learner waited",
+        "inputs": {"a": None},
+    }
+    with Monitor(tmp_path, settings(), {}, 9) as monitor:
+        for step in (1, 2, 3):
+            monitor.decision(step, decision, f"scheduler: window 1 → 2 at {step}")
+            monitor.trace(
+                [{"learner_step": step, "group": step}, {"learner_step": step, "train_from_s": 0.5}]
+            )
+    assert rows(tmp_path / "decisions.jsonl")[0] == {"learner_step": 1} | decision
+    assert "scheduler: window 1 → 2 at 3" in (tmp_path / "events.log").read_text()
+    with Monitor(tmp_path, settings(), {}, 9, resume_from=2):
+        pass
+    assert [row["learner_step"] for row in rows(tmp_path / "decisions.jsonl")] == [1, 2]
+    assert [row["learner_step"] for row in rows(tmp_path / "rollouts.jsonl")] == [1, 1, 2, 2]
+    assert [row["learner_step"] for row in rows(tmp_path / "decisions.superseded.jsonl")] == [3]
+
+
 def test_lines_that_are_no_rows_are_left_out_when_read(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_bytes(b'{"a": 1}\n[1]\n\xff\n{"a": 2}\n{"a"')
     assert list(read_rows(tmp_path / "m.jsonl")) == [{"a": 1}, {"a": 2}]

@@ -228,6 +228,35 @@ def test_nulls_and_long_runs_are_drawn(run: Path) -> None:
     assert len(pictures["reward"]) < 200_000
 
 
+def test_the_scheduler_is_drawn(run: Path) -> None:
+    causes = ("window", "ahead", "deadline", "sampling", "sync")
+    rows = [
+        {
+            "learner_step": n,
+            "timing_s/step": 1.0,
+            "lag/max": min(n, 3),
+            "lag/mean": 1.0,
+            "lag/in_flight_mean": 0.4,
+            "lag/in_queue_mean": 0.6,
+            "scheduler/window": 1 + (n > 10),
+            "mismatch/kl_by_lag/0": 1e-6,
+            "mismatch/kl_by_lag/1": 0.01,
+            "mismatch/engine": 1e-6,
+            "mismatch/drift": 0.01,
+            **{f"wait/by_cause/{cause}": 0.1 * (cause == "window") for cause in causes},
+        }
+        for n in range(1, 30)
+    ]
+    write(run / "metrics.jsonl", rows)
+    (run / "config.toml").write_text('[scheduler]\nwindow = "adaptive"\nmax_drift = 0.05\n')
+    decision = {"learner_step": 10, "setting": "window", "old": 1, "new": 2}
+    write(run / "decisions.jsonl", [decision, {"learner_step": 12, "setting": "ahead", "old": 8, "new": 6}])
+    pictures = {picture.key: picture.svg for picture in draw_all(load_run(run))}
+    assert {"lag_split", "decisions", "wait_causes", "drift"} <= pictures.keys()
+    (run / "config.toml").write_text("[scheduler]\nwindow = 1\n")
+    assert "decisions" not in {picture.key for picture in draw_all(load_run(run))}
+
+
 def test_the_same_folder_gives_the_same_pictures(finished: Path) -> None:
     run = load_run(finished)
     assert [picture.svg for picture in draw_all(run)] == [picture.svg for picture in draw_all(run)]
