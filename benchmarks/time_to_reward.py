@@ -3,8 +3,9 @@
     python -m benchmarks.time_to_reward [--workloads tail verifier learner] [--seeds 3] [--steps 40]
     python -m benchmarks.time_to_reward --summarise
 
-Every run of a seed starts from the same warmed-up policy and the same data; only `scheduler.window` differs.
-The clock is `time/training_s`: what training takes, without start-up and the pauses for evaluation (what is
+Every run of a seed starts from the same warmed-up policy and the same data. `scheduler.window` differs, and
+the threads: on two cores that all share, the synchronous run gives learner and engine two each, which is its
+best, and the others one each, which is theirs. The clock is `time/training_s`: what training takes, without start-up and the pauses for evaluation (what is
 in flight when one begins comes back on the clock). The target of a workload and seed is the reward at which
 the synchronous run has made 80 % of its own gain. Each finished run is added to time_to_reward.json at once,
 so an interrupted benchmark goes on where it was.
@@ -30,6 +31,8 @@ from cluster.monitor import read_rows
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "time_to_reward.json"
 MODES = {"sync": "0", "S=1": "1", "S=2": "2", "S=4": "4", "S=8": "8", "adaptive": "adaptive"}
+# On two shared cores: where phases alternate each may use both, where they overlap each has one.
+THREADS = {"sync": 2}
 EVALUATIONS = 5
 
 
@@ -65,7 +68,9 @@ def one_run(workload: str, seed: int, mode: str, steps: int, folder: Path) -> di
     run = folder / mode
     clock = time.monotonic()
     stolen = StolenTime(clock)
+    threads = THREADS.get(mode, 1)
     overrides = [f"run.steps={steps}", f"run.seed={seed}", f"scheduler.window={MODES[mode]}"]
+    overrides += [f"learner.threads={threads}", f"rollout.threads={threads}"]
     train(
         config(workload, folder / "data", str(model)),
         run,

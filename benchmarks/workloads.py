@@ -81,7 +81,7 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def config(workload: str, data: Path, model: str) -> str:
-    """The job: everything but seed, steps and what a benchmark varies. Both phases may use both cores."""
+    """The job: everything but seed, steps, threads and what a benchmark varies."""
     longest = 52 if workload == "tail" else 12
     function = "slow_prefix_reward" if workload == "verifier" else "prefix_reward"
     source = f'path = "{model}"' if model else "[model.scratch]\nhidden_size = 128\nmax_length = 112"
@@ -103,11 +103,8 @@ function = "{Path(__file__).resolve()}:{function}"
 group_size = 8
 max_new_tokens = {longest}
 cores = 0.5
-threads = 2
 [scoring]
 missing_eos_penalty = 0.2
-[learner]
-threads = 2
 [optimizer]
 lr = 2e-4
 critic_lr = 5e-4
@@ -125,6 +122,8 @@ samples_every = 0
 
 
 WARM_UP = """
+[learner]
+threads = 2
 [warmup]
 steps = 220
 batch_size = 128
