@@ -5,10 +5,10 @@
 
 Every run of a seed starts from the same warmed-up policy and the same data. `scheduler.window` differs, and
 the threads: on two cores that all share, the synchronous run gives learner and engine two each, which is its
-best, and the others one each, which is theirs. The clock is `time/training_s`: what training takes, without start-up and the pauses for evaluation (what is
-in flight when one begins comes back on the clock). The target of a workload and seed is the reward at which
-the synchronous run has made 80 % of its own gain. Each finished run is added to time_to_reward.json at once,
-so an interrupted benchmark goes on where it was.
+best, and the others one each, which is theirs. The clock is `time/training_s`: what training takes, without
+start-up and the pauses for evaluation (what is in flight when one begins comes back on the clock). The target
+of a workload and seed is the reward at which the synchronous run has made 80 % of its own gain. Each finished
+run is added to time_to_reward.json at once, so an interrupted benchmark goes on where it was.
 """
 
 import argparse

@@ -134,6 +134,28 @@ def mean_length(counts: Mapping[str, int]) -> float:
     return sum(int(length) * count for length, count in counts.items()) / number if number else 0.0
 
 
+def length_histogram(totals: Totals, bins: int = 40) -> dict[str, list[int]]:
+    """Responses by length in at most `bins` bins of equal width: those sampled, and those of them trained on.
+
+    Bin i holds the lengths from edges[i] up to, not including, edges[i + 1].
+    """
+    longest = max(map(int, totals.lengths_sampled), default=0)
+    width = longest // bins + 1
+    edges = list(range(0, longest + width + 1, width))
+
+    def counts(lengths: Mapping[str, int]) -> list[int]:
+        found = [0] * (len(edges) - 1)
+        for length, number in lengths.items():
+            found[int(length) // width] += number
+        return found
+
+    return {
+        "edges": edges,
+        "sampled": counts(totals.lengths_sampled),
+        "trained": counts(totals.lengths_trained),
+    }
+
+
 def length_metrics(totals: Totals) -> dict[str, float]:
     """Whether training sees what was sampled, over the whole run: what is still on its way counts little.
 

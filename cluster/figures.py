@@ -10,7 +10,13 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from cluster.console import wait_fraction
 from cluster.drawing import BLUE, GREEN, INK, ORANGE, RED, STYLE, Draw, legend, thin, trend
-from cluster.figures_scheduler import draw_decisions, draw_drift, draw_lag_split, draw_wait_causes
+from cluster.figures_scheduler import (
+    draw_decisions,
+    draw_drift,
+    draw_lag_split,
+    draw_lengths,
+    draw_wait_causes,
+)
 from cluster.report_data import RunData
 
 
@@ -212,6 +218,12 @@ _PICTURES: tuple[tuple[str, str, str, Draw], ...] = (
     ("waits", "Who waits", "Both low is best; the learner high: more actors or a wider window.", _waits),
     ("proof", "Proof of weight sync", "Actors against learner on a probe batch after each sync.", _proof),
     ("mismatch", "Effective sample size", "Near 100 %: samples are still on-policy.", _mismatch),
+    (
+        "lengths",
+        "Are long answers missed?",
+        "Lengths of what was sampled and of what was trained on: the line should follow the area.",
+        draw_lengths,
+    ),
     (
         "drift",
         "Mismatch by lag",

@@ -33,6 +33,23 @@ def draw_lag_split(run: RunData, axes: Axes) -> bool:
     return True
 
 
+def draw_lengths(run: RunData, axes: Axes) -> bool:
+    """Share of responses by length: all that were sampled, and those that were trained on."""
+    found = run.summary.get("length_histogram")
+    if not isinstance(found, dict) or not sum(found.get("trained") or [0]):
+        return False
+    edges = [float(edge) for edge in found["edges"]]
+    for name, color, fill in (("sampled", ORANGE, True), ("trained", BLUE, False)):
+        counts = [float(count) for count in found[name]]
+        shares = [count / sum(counts) for count in counts]
+        axes.stairs(shares, edges, color=color, fill=fill, alpha=0.6 if fill else 1.0, lw=2, label=name)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("length of a response (tokens)")
+    axes.set_ylabel("share of responses")
+    legend(axes, "upper right")
+    return True
+
+
 def draw_wait_causes(run: RunData, axes: Axes) -> bool:
     """The learner's wait as a share of the step, stacked by cause; causes that never were are left out."""
     rows = [row for row in run.metrics if row.get("timing_s/step") and "wait/by_cause/window" in row]

@@ -37,7 +37,7 @@ def page(run: RunData, pictures: Sequence[Picture]) -> str:
         "</section>",
         _samples(run),
         _quarantine(run),
-        _details("All of summary.json", _table(run.summary)) if run.summary else "",
+        _details("All of summary.json", _table(_numbers(run.summary))) if run.summary else "",
         _details("Configuration", f"<pre>{_text(_toml(run.config))}</pre>") if run.config else "",
         "<footer>Written by headrace. What each figure means and what is healthy: docs/metrics.md.</footer>",
     ]
@@ -198,6 +198,11 @@ def _details(title: str, content: str) -> str:
 def _table(values: Mapping[str, Any]) -> str:
     rows = "".join(f"<tr><th>{_text(key)}</th><td>{_text(_plain(v))}</td></tr>" for key, v in values.items())
     return f'<div class="scroll"><table class="pairs">{rows}</table></div>'
+
+
+def _numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary without what a picture shows better."""
+    return {key: value for key, value in summary.items() if key != "length_histogram"}
 
 
 def _plain(value: Any) -> str:

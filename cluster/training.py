@@ -15,7 +15,7 @@ from typing import Any
 
 from actors.records import RewardFailure
 from cluster import checkpoint
-from cluster.accounts import Totals, length_metrics
+from cluster.accounts import Totals, length_histogram, length_metrics
 from cluster.adaptation import Adaptation
 from cluster.adaptive import Decision
 from cluster.config import JobConfig
@@ -345,6 +345,7 @@ class TrainingRun:
             "trainer_wait_fraction": totals.learner_wait_s / totals.train_s if totals.train_s else None,
             "wait_by_cause": dict(totals.wait_by_cause),
             "rollout_wait_fraction": self._rollout_wait_fraction,
+            "length_histogram": length_histogram(totals) if totals.groups_trained else None,
             "length_bias": length_metrics(totals)["length/bias"] if totals.groups_trained else None,
             "sync_s_mean": totals.sync_s / totals.syncs if totals.syncs else None,
             "sync_probe_max_abs_diff": totals.sync_probe_max_abs_diff if totals.syncs else None,

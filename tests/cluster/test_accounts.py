@@ -8,6 +8,7 @@ from cluster.accounts import (
     Totals,
     WaitCause,
     lag_split,
+    length_histogram,
     length_metrics,
     length_quantile,
     mean_length,
@@ -84,3 +85,13 @@ def test_where_a_steps_time_goes() -> None:
     assert found["perf/rollout_wait_fraction"] == 0.2
     assert found["perf/tokens_per_s"] == 0.2
     assert (found["wait/by_cause/window"], found["wait/by_cause/deadline"]) == (3.0, 0.0)
+
+
+def test_a_histogram_of_lengths_has_every_response_once() -> None:
+    totals = Totals(lengths_sampled={"1": 2, "7": 3, "90": 1}, lengths_trained={"7": 3})
+    # The longest has 90 tokens, so 40 bins are 3 wide: 1 → bin 0, 7 → bin 2, 90 → bin 30, which ends at 93.
+    found = length_histogram(totals)
+    assert found["edges"][:3] == [0, 3, 6]
+    assert found["edges"][-1] == 93
+    assert {i: n for i, n in enumerate(found["sampled"]) if n} == {0: 2, 2: 3, 30: 1}
+    assert {i: n for i, n in enumerate(found["trained"]) if n} == {2: 3}

@@ -181,14 +181,14 @@ class World:
         assert self.sampling.scheduler.in_flight == 0
         self.log.append(("evaluate", versions.pop()))
         assert not versions
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.4)
         return {"heldout/reward": 1.0}
 
     def run(self) -> None:
         async def all_of_it() -> None:
             serving = asyncio.create_task(self.scoring.run())
             try:
-                await asyncio.wait_for(self.controller.run(), 20)
+                await asyncio.wait_for(self.controller.run(), 120)
             finally:
                 serving.cancel()
 
@@ -383,7 +383,7 @@ def test_evaluations_run_on_the_weights_of_their_step_and_off_the_clock(window: 
     elapsed = [report.row["time/training_s"] for report in world.reports]
     assert elapsed == sorted(elapsed)
     took = sum(report.row["timing_s/step"] for report in world.reports)
-    assert elapsed[-1] == pytest.approx(took, rel=0.2)  # the two evaluations of 50 ms are in neither
+    assert abs(elapsed[-1] - took) < 0.4  # the two evaluations of 0.4 s are in neither
 
 
 @pytest.mark.parametrize("window", [0, 1])

@@ -251,8 +251,10 @@ def test_the_scheduler_is_drawn(run: Path) -> None:
     (run / "config.toml").write_text('[scheduler]\nwindow = "adaptive"\nmax_drift = 0.05\n')
     decision = {"learner_step": 10, "setting": "window", "old": 1, "new": 2}
     write(run / "decisions.jsonl", [decision, {"learner_step": 12, "setting": "ahead", "old": 8, "new": 6}])
+    histogram = {"edges": [0, 5, 10], "sampled": [6, 2], "trained": [6, 1]}
+    (run / "summary.json").write_text(json.dumps({"length_histogram": histogram}))
     pictures = {picture.key: picture.svg for picture in draw_all(load_run(run))}
-    assert {"lag_split", "decisions", "wait_causes", "drift"} <= pictures.keys()
+    assert {"lengths", "lag_split", "decisions", "wait_causes", "drift"} <= pictures.keys()
     (run / "config.toml").write_text("[scheduler]\nwindow = 1\n")
     assert "decisions" not in {picture.key for picture in draw_all(load_run(run))}
 
