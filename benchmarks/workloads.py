@@ -89,6 +89,7 @@ def config(workload: str, data: Path, model: str) -> str:
 [run]
 batch_size = 128
 evaluate_prompts = {_HELDOUT}
+evaluate_samples = 4
 checkpoint_every = 0
 [model]
 {source}
@@ -106,7 +107,7 @@ cores = 0.5
 [scoring]
 missing_eos_penalty = 0.2
 [optimizer]
-lr = 2e-4
+lr = 1e-4
 critic_lr = 5e-4
 warmup_updates = 5
 [ppo]
