@@ -48,7 +48,7 @@ class SchedulerSettings(Settings):
     )
     max_window: int = Field(8, ge=0, description="Adaptive: largest S.")
     max_drift: float = Field(
-        0.05, gt=0, description="Adaptive: largest KL(μ‖π) at lag S that is accepted, in nats a token."
+        0.02, gt=0, description="Adaptive: largest KL(μ‖π) at lag S that is accepted, in nats a token."
     )
     min_ess: float = Field(
         0.8, gt=0, lt=1, description="Adaptive: smallest effective sample size that is accepted, as a share."

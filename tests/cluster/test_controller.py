@@ -354,7 +354,7 @@ def test_the_adaptive_window_widens_while_the_learner_waits_and_narrows_when_sam
     assert max(report.row["lag/max"] for report in world.reports) <= 4
     drifting = World("run.steps=60", "scheduler.max_window=4", window="adaptive", actors=2)
     drifting.sample_seconds = lambda _: 0.004
-    drifting.drift = 0.2  # four times what the default accepts, a version
+    drifting.drift = 0.2  # ten times what the default accepts, a version
     drifting.run()
     halved = [d for d in drifting.decisions if d.setting == "window" and d.new < d.old]
     assert halved
