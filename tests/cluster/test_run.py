@@ -180,7 +180,9 @@ def test_a_run_with_a_slow_learner_keeps_its_bound_and_leaves_what_it_promises(
 
 
 def test_interrupt_saves_and_resume_goes_on_where_it_was(start: Callable[..., Run]) -> None:
-    run = start(SMALL, "--set", "run.steps=500", "--set", "run.checkpoint_every=0")
+    # A wide window keeps groups under way at any moment at which the interrupt may come.
+    wide = ("--set", "run.checkpoint_every=0", "--set", "scheduler.window=3")
+    run = start(SMALL, "--set", "run.steps=500", *wide)
     run.wait_for(lambda: len(run.rows()) >= 3)
     run.process.send_signal(signal.SIGINT)
     output = run.finish()
@@ -191,7 +193,7 @@ def test_interrupt_saves_and_resume_goes_on_where_it_was(start: Callable[..., Ru
     state = run.json(f"checkpoints/step_{done:06d}/state.json")
     first_reward = run.rows()[0]["heldout/reward"]
 
-    resumed = start(SMALL, "--set", f"run.steps={done + 2}", "--set", "run.checkpoint_every=0", "--resume")
+    resumed = start(SMALL, "--set", f"run.steps={done + 2}", *wide, "--resume")
     output = resumed.finish()
     assert resumed.process.returncode == 0, output
     summary = resumed.json("summary.json")
