@@ -8,7 +8,6 @@ shared pages count once.
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from machine import StolenTime, describe
 
 HERE = Path(__file__).resolve().parent
 KEPT = (
@@ -44,8 +44,8 @@ def family_memory(root: psutil.Process) -> int:
 def run_demo(seed: int, folder: Path) -> dict[str, Any]:
     """One demo in a process of its own."""
     command = [sys.executable, "-m", "cluster.cli", "demo", "--run-dir", str(folder)]
-    stolen = psutil.cpu_times().steal
     started = time.monotonic()
+    stolen = StolenTime(started)
     process = subprocess.Popen(
         [*command, "--set", f"run.seed={seed}", "--set", f"task.seed={seed}"], cwd=HERE.parent
     )
@@ -60,15 +60,8 @@ def run_demo(seed: int, folder: Path) -> dict[str, Any]:
         **{key: summary[key] for key in KEPT},
         "process_s": seconds,
         "peak_pss_gib": peak / GIB,
-        # Share of the machine's cores that its host gave to others meanwhile.
-        "cpu_stolen_fraction": (psutil.cpu_times().steal - stolen) / (seconds * (psutil.cpu_count() or 1)),
+        "cpu_stolen_fraction": stolen.share(started + seconds),
     }
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "unknown")
 
 
 def main() -> None:
@@ -80,14 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         runs = [run_demo(seed, folder / f"seed-{seed}") for seed in range(options.seeds)]
-    machine = {
-        "cpu": cpu_model(),
-        "cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
-    result = {"command": "python benchmarks/demo_seeds.py", "machine": machine, "runs": runs}
+    result = {"command": "python benchmarks/demo_seeds.py", "machine": describe(), "runs": runs}
     (HERE / "demo_seeds.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for run in runs:
         low, high = run["reward_gain_ci95"]

@@ -25,13 +25,14 @@ from cluster.monitor import read_rows
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "lag_quality.json"
 WORKLOAD = "learner"
+DECOUPLED = "correction.ratio=proximal"
 CORRECTIONS = {
-    "none": ["correction.weights=none"],
-    "coupled": ["correction.weights=none", "correction.ratio=behaviour"],
-    "tis": ["correction.weights=tis"],
-    "tis+m2po": ["correction.weights=tis", "correction.mask=m2po"],
-    "icepop": ["correction.weights=icepop"],
-    "damped": ["correction.weights=tis", "correction.damp_lr_by_ess=token"],
+    "none": [DECOUPLED],
+    "coupled": [],  # as the workloads have it
+    "tis": [DECOUPLED, "correction.weights=tis"],
+    "tis+m2po": [DECOUPLED, "correction.weights=tis", "correction.mask=m2po"],
+    "icepop": [DECOUPLED, "correction.weights=icepop"],
+    "damped": [DECOUPLED, "correction.weights=tis", "correction.damp_lr_by_ess=token"],
 }
 
 

@@ -104,6 +104,9 @@ function = "{Path(__file__).resolve()}:{function}"
 group_size = 8
 max_new_tokens = {longest}
 cores = 0.5
+[correction]
+ratio = "behaviour"
+weights = "none"
 [scoring]
 missing_eos_penalty = 0.2
 [optimizer]

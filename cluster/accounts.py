@@ -3,6 +3,7 @@
 Pure bookkeeping of numbers that the controller hands in; it completes each step's row for the monitor.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,26 @@ def wait_cause(*, enough_ready: bool, refusal: Refusal) -> WaitCause:
     return WaitCause.DEADLINE if enough_ready else _CAUSE_OF_REFUSAL[refusal]
 
 
+@dataclass(slots=True)
+class Stopwatch:
+    """Processor time that this thread spends in `with` blocks, in seconds. Blocks do not nest."""
+
+    total: float = 0.0
+    _lap: float = 0.0
+    _since: float = 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.thread_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.total += time.thread_time() - self._since
+
+    def lap(self) -> float:
+        """What was added since it was last asked."""
+        added, self._lap = self.total - self._lap, self.total
+        return added
+
+
 @dataclass(frozen=True, slots=True)
 class TakenGroup:
     """A group as a step takes it, and its times; `ready_step`: steps finished when it was ready."""
@@ -50,7 +71,8 @@ class TakenGroup:
 class Totals:
     """What a run has done so far; saved with each checkpoint so that a resumed run goes on counting.
 
-    The dictionaries count responses by length in tokens (keys are text, as JSON has them): those that were
+    `elapsed_s` is the time of training so far, of which `paused_s` went into evaluations and checkpoints. The
+    dictionaries count responses by length in tokens (keys are text, as JSON has them): those that were
     sampled, and those of them that were trained on.
     """
 
@@ -71,6 +93,8 @@ class Totals:
     sync_probe_max_abs_diff: float = 0.0
     padding_sum: float = 0.0
     steps: int = 0
+    elapsed_s: float = 0.0
+    paused_s: float = 0.0
     wait_by_cause: dict[str, float] = field(default_factory=dict)
     lengths_sampled: dict[str, int] = field(default_factory=dict)
     lengths_trained: dict[str, int] = field(default_factory=dict)

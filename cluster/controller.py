@@ -93,7 +93,6 @@ class Controller:
     _syncing: "asyncio.Task[None] | None" = None
     _published: int = 0
     _load_seconds: float = 0.0
-    _paused_seconds: float = 0.0
     _began: float = 0.0
 
     @property
@@ -116,7 +115,7 @@ class Controller:
 
         Raises the first cause of any failure, after cancelling everything else.
         """
-        self._began = time.perf_counter()
+        self._began = time.perf_counter() - self.totals.elapsed_s  # a resumed run's clock goes on
         self._published = self.step
         for actor in self.sampling.rollouts.actors:
             actor.reset_idle()
@@ -124,6 +123,7 @@ class Controller:
             self._tasks = tasks
             self.sampling.start(tasks, self._began)
             await self._train()
+            self.totals.elapsed_s = self._now()
             self.sampling.stop()
         self._tasks = None
 
@@ -175,15 +175,17 @@ class Controller:
 
     def _adapt(self, step: _Step, ready_left: int, period: float) -> None:
         """Let measurement set the window, the groups ahead and the publish interval, and say what it did."""
-        for decision in self.adaptation.after_step(
-            step.number + 1,
-            step.row,
-            step_seconds=period,
-            wait_seconds={cause.value: seconds for cause, seconds in step.waits.items()},
-            sync_seconds=self._load_seconds,
-            published=self._published == step.number,
-            ready_left=ready_left,
-        ):
+        with self.sampling.deciding:
+            decisions = self.adaptation.after_step(
+                step.number + 1,
+                step.row,
+                step_seconds=period,
+                wait_seconds={cause.value: seconds for cause, seconds in step.waits.items()},
+                sync_seconds=self._load_seconds,
+                published=self._published == step.number,
+                ready_left=ready_left,
+            )
+        for decision in decisions:
             self.hooks.on_decision(decision)
         self.sampling.pump()
 
@@ -211,7 +213,7 @@ class Controller:
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.run.evaluate_every
-        return bool(every) and step % every == 0 and step < self.config.run.steps
+        return bool(every) and step % every == 0 and step < self.config.run.steps and not self.stopping
 
     async def _pause(self, step: int) -> float:
         """Evaluate and save, where it is time to; gives the seconds that this took, which no step counts."""
@@ -219,13 +221,13 @@ class Controller:
         saves = bool(every) and step % every == 0
         if not saves and not self._evaluates(step):
             return 0.0
-        since = self._now()
+        since = self.totals.elapsed_s = self._now()
         await self._previous_sync()  # and the evaluation that comes with it
         if saves:
             await self.hooks.on_checkpoint(step)
         self.sampling.resume()
         seconds = self._now() - since
-        self._paused_seconds += seconds
+        self.totals.paused_s += seconds
         return seconds
 
     # ---- weights -------------------------------------------------------------------------------------------
@@ -286,7 +288,8 @@ class Controller:
         )
         row |= {
             "timing_s/publish": publish,
-            "time/training_s": self._now() - self._paused_seconds,
+            "timing_s/scheduler": self.sampling.deciding.lap(),
+            "time/training_s": self._now() - self.totals.paused_s,
             "scheduler/window": scheduler.window,
             "scheduler/publish_every": self.adaptation.publish_every,
             **({} if scheduler.ahead is None else {"scheduler/ahead": scheduler.ahead}),

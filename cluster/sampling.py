@@ -14,7 +14,7 @@ from typing import Any
 from actors.records import Group, Prompt, RewardFailure, SampledGroup, SampleRequest
 from actors.settings import BATCH_GROUPS
 from actors.waits import within
-from cluster.accounts import TakenGroup, Totals
+from cluster.accounts import Stopwatch, TakenGroup, Totals
 from cluster.config import JobConfig
 from cluster.dispatch import next_dispatch
 from cluster.prompt_cursor import PromptCursor
@@ -59,6 +59,7 @@ class Sampling:
     refusal: Refusal = Refusal.NO_SLOT
     stopping: bool = False
     paused: bool = False
+    deciding: Stopwatch = field(default_factory=Stopwatch)  # what the scheduler itself costs
     _work: dict[int, _Work] = field(default_factory=dict)
     _recent_failures: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT_GROUPS))
     _spawn: asyncio.TaskGroup | None = None
@@ -89,7 +90,8 @@ class Sampling:
     def pump(self) -> None:
         """Give work to every free slot that the scheduler admits. Called after whatever may make room."""
         while self._spawn is not None and not self.stopping and not self.paused:
-            answer = next_dispatch(self.scheduler, self.rollouts.slots)
+            with self.deciding:
+                answer = next_dispatch(self.scheduler, self.rollouts.slots)
             if isinstance(answer, Refusal):
                 self.refusal = answer
                 break
@@ -103,7 +105,7 @@ class Sampling:
     async def drain(self) -> None:
         """Admit nothing more until `resume`, and wait for what is in flight."""
         self.paused = True
-        while self.scheduler.in_flight:
+        while self.scheduler.in_flight and not self.stopping:
             await self.change("the groups in flight, before an evaluation")
 
     def resume(self) -> None:
@@ -114,7 +116,9 @@ class Sampling:
     def take(self) -> list[TakenGroup]:
         """Take the groups of the scheduler's next step, and fill the room that they leave."""
         step = self.scheduler.step
-        taken = [self._taken(group_id, step) for group_id in self.scheduler.take()]
+        with self.deciding:
+            group_ids = self.scheduler.take()
+        taken = [self._taken(group_id, step) for group_id in group_ids]
         self.pump()
         return taken
 
@@ -176,7 +180,8 @@ class Sampling:
             return
         work.scored, work.ready_step = scored, self.finished_steps
         work.times["scored_s"] = self._now()
-        self.scheduler.complete(group_id, scored.oldest_version)
+        with self.deciding:
+            self.scheduler.complete(group_id, scored.oldest_version)
         self._recent_failures.append(False)
 
     async def _redispatch(self, group_id: int) -> None:

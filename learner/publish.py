@@ -74,42 +74,33 @@ class TensorMeta:
 
 
 class ParameterStream:
-    """The policy's parameters as they are published: gathered, cast, tied duplicates left out.
+    """The policy's parameters as they are published: gathered and cast.
 
     Iterating it is a collective on all learner ranks.
     """
 
-    def __init__(
-        self, parameters: NamedTensors, dtype: torch.dtype, skip: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, parameters: NamedTensors, dtype: torch.dtype) -> None:
         """Keep the recipe.
 
         Args:
-            parameters: a fresh pass over (name, full tensor), the same names in the same order each time.
+            parameters: a fresh pass over (name, full tensor), the same names in the same order each time;
+                tied weights once, as the actors tie them themselves.
             dtype: the rollout engine's; floating-point tensors are cast to it, others stay.
-            skip: names that are another tensor's (a tied `lm_head.weight`).
         """
         self._parameters = parameters
         self._dtype = dtype
-        self._skip = skip
         self._metadata: list[TensorMeta] | None = None
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._parameters():
-            if name not in self._skip:
-                full = tensor.detach()
-                yield name, (full.to(self._dtype) if full.is_floating_point() else full).contiguous()
+            full = tensor.detach()
+            yield name, (full.to(self._dtype) if full.is_floating_point() else full).contiguous()
 
     def metadata(self) -> list[TensorMeta]:
         """What iteration yields. The first call is a pass of its own, a collective as well."""
         if self._metadata is None:
             self._metadata = [TensorMeta(name, t.dtype, tuple(t.shape)) for name, t in self]
         return self._metadata
-
-
-def tied_names(tie_word_embeddings: bool) -> frozenset[str]:
-    """Names left out where the output head is the input embedding: the actors tie them themselves."""
-    return frozenset({"lm_head.weight"} if tie_word_embeddings else ())
 
 
 def write_safetensors(

@@ -18,7 +18,7 @@ from actors.ipc_handles import decode_update, encode_update
 from actors.records import WeightUpdate
 from actors.rollout import SyncRefused
 from actors.weight_files import SharedFolder, WeightFileError, local_file, remove_stale, sha256_of
-from learner.publish import ParameterStream, WeightPublisher, tied_names
+from learner.publish import ParameterStream, WeightPublisher
 
 # -- files ------------------------------------------------------------------------------------------------
 
@@ -157,12 +157,12 @@ def loop() -> Iterator[LoopThread]:
 class Learner:
     """A learner's end: the model, and publishing with a probe."""
 
-    def __init__(self, model: Any, root: Path, *, tied: bool = False) -> None:
+    def __init__(self, model: Any, root: Path) -> None:
         self.model, self.root = model, root
-        self.publisher = self._publisher(model.named_parameters, "good", tied)
+        self.publisher = self._publisher(model.named_parameters, "good")
 
-    def _publisher(self, parameters: Any, run_id: str, tied: bool = False) -> WeightPublisher:
-        stream = ParameterStream(parameters, torch.float32, tied_names(tied))
+    def _publisher(self, parameters: Any, run_id: str) -> WeightPublisher:
+        stream = ParameterStream(parameters, torch.float32)
         return WeightPublisher(stream, backend="shared", run_id=run_id, rank=0, root=self.root)
 
     def publish(self, version: int) -> WeightUpdate:
@@ -366,7 +366,7 @@ def test_a_wrong_probe_is_refused_by_name_for_good(worker: Any, loop: LoopThread
 @pytest.mark.parametrize(("kind", "in_flight"), [("llama", "keep"), ("qwen2", "wait"), ("gpt2", "keep")])
 def test_tied_embeddings_follow(kind: str, in_flight: str, loop: LoopThread, tmp_path: Path) -> None:
     """The trap: the packed output head stays behind, unseen by any checksum of parameters."""
-    learner = Learner(save_model(tmp_path, kind, tied=True), tmp_path, tied=True)
+    learner = Learner(save_model(tmp_path, kind, tied=True), tmp_path)
     worker = make_worker(tmp_path, sync={"in_flight": in_flight})
     try:
         loop.run(worker.start(), 200)

@@ -4,6 +4,7 @@ import pytest
 
 from actors.records import Completion, Group, Prompt, SampledGroup, Trajectory
 from cluster.accounts import (
+    Stopwatch,
     TakenGroup,
     Totals,
     WaitCause,
@@ -25,6 +26,19 @@ def completion(*versions: int) -> Completion:
 def group(number: int, *completions: Completion, seconds: float = 1.0) -> Group:
     trajectories = tuple(Trajectory(c, 1.0, {}, c.logprobs) for c in completions)
     return Group(number, Prompt(f"p{number}", (1, 2, 3), ""), trajectories, "a", seconds, 0.5)
+
+
+def test_a_stopwatch_adds_up_processor_time_and_laps(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([1.0, 1.5, 4.0, 4.25, 9.0, 10.0])
+    monkeypatch.setattr("cluster.accounts.time.thread_time", lambda: next(moments))
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch:
+            pass
+    assert watch.lap() == 0.75
+    with watch:
+        pass
+    assert (watch.lap(), watch.lap(), watch.total) == (1.0, 0.0, 1.75)
 
 
 def test_lag_is_split_at_the_moment_the_group_was_ready() -> None:

@@ -9,17 +9,9 @@ import pytest
 
 from cluster.adaptive import AdaptiveRule, Decision, StepMeasurement
 from cluster.drift import LagBin
+from cluster.scheduler import SchedulerSettings
 
 P = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    max_window: int = 8
-    max_drift: float = 0.02
-    min_ess: float = 0.8
-    wait_tolerance: float = 0.05
-    sync_share: float = 0.1
 
 
 def bin_at(lag: int, kl: float, *, relative_se: float = 0.02, ess: float | None = None) -> LagBin:
@@ -56,9 +48,9 @@ class Script:
         return made
 
 
-def script(window: int, limits: Limits | None = None, **start: int) -> Script:
+def script(window: int, limits: SchedulerSettings | None = None, **start: int) -> Script:
     """A rule at work: the first steps, in which the pipeline fills, are past."""
-    made = Script(AdaptiveRule(limits or Limits(), P, window=window, **start))
+    made = Script(AdaptiveRule(limits or SchedulerSettings(), P, window=window, **start))
     assert made.feed(window + 1, wait={"window": 0.9}, sync_seconds=math.nan) == []
     return made
 
@@ -137,7 +129,7 @@ def test_no_raise_where_the_engines_alone_differ_too_much() -> None:
 
 
 def test_no_raise_beyond_max_window() -> None:
-    s = script(1, Limits(max_window=1))
+    s = script(1, SchedulerSettings(max_window=1))
     assert s.feed(20, wait={"window": 0.7}, bins=MILD) == []
 
 
@@ -373,4 +365,4 @@ def test_a_fall_that_was_wrong_is_not_soon_repeated() -> None:
 )
 def test_a_start_that_breaks_a_bound_is_refused(start: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        AdaptiveRule(Limits(), P, **start)
+        AdaptiveRule(SchedulerSettings(), P, **start)

@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 
 from cluster.adaptive import AdaptiveRule, StepMeasurement
 from cluster.drift import LagBin
+from cluster.scheduler import SchedulerSettings
 
 P = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    max_window: int = 8
-    max_drift: float = 0.02
-    min_ess: float = 0.8
-    wait_tolerance: float = 0.05
-    sync_share: float = 0.1
 
 
 @dataclass(slots=True)
@@ -86,7 +78,7 @@ class Trace:
 def closed_loop(
     plant: Plant, steps: int, *, window: int = 0, change: Callable[[int, Plant], None] | None = None
 ) -> Trace:
-    rule, trace = AdaptiveRule(Limits(), P, window=window), Trace()
+    rule, trace = AdaptiveRule(SchedulerSettings(), P, window=window), Trace()
     for step in range(steps):
         if change is not None:
             change(step, plant)
@@ -161,14 +153,17 @@ def test_follows_drift_that_grows_and_sampling_that_slows_or_speeds_up(seed: int
 
 def test_a_restored_rule_decides_as_if_it_had_never_stopped() -> None:
     plant, other = Plant(generate=4, b=0.004, sync=0.9, seed=3), Plant(generate=4, b=0.004, sync=0.9, seed=3)
-    straight, first = AdaptiveRule(Limits(), P, window=0), AdaptiveRule(Limits(), P, window=0)
+    straight, first = (
+        AdaptiveRule(SchedulerSettings(), P, window=0),
+        AdaptiveRule(SchedulerSettings(), P, window=0),
+    )
     expected, made = [], []
     for step in range(120):
         expected += straight.after_step(plant.run(step, straight))
         made += first.after_step(other.run(step, first))
         if step % 7 == 0:
             state = json.loads(json.dumps(first.state(), allow_nan=False))
-            first = AdaptiveRule(Limits(), P, window=0)
+            first = AdaptiveRule(SchedulerSettings(), P, window=0)
             first.restore(state)
             assert first.state() == state
     assert made == expected
@@ -197,14 +192,16 @@ any_step = st.tuples(
     st.integers(1, 9),
     st.lists(any_step, max_size=12),
     st.builds(
-        Limits,
+        SchedulerSettings,
         max_window=st.integers(4, 9),
-        max_drift=st.sampled_from([0.0, 0.02, 10.0]),
-        min_ess=st.sampled_from([0.0, 0.8, 1.0]),
-        wait_tolerance=st.sampled_from([0.0, 0.05]),
+        max_drift=st.sampled_from([1e-9, 0.02, 10.0]),
+        min_ess=st.sampled_from([1e-9, 0.8, 1 - 1e-9]),
+        wait_tolerance=st.sampled_from([1e-9, 0.05]),
     ),
 )
-def test_bounds_hold_whatever_is_measured(window: int, groups: int, steps: list, limits: Limits) -> None:
+def test_bounds_hold_whatever_is_measured(
+    window: int, groups: int, steps: list, limits: SchedulerSettings
+) -> None:
     rule = AdaptiveRule(limits, groups, window=window)
     number = 0
     for *measured, times in steps:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from controller_helpers import build_controller, run_controller
 
 from actors.records import (
     Completion,
@@ -18,17 +19,12 @@ from actors.records import (
     Trajectory,
     WeightUpdate,
 )
-from cluster.accounts import Totals
-from cluster.adaptation import Adaptation
 from cluster.adaptive import Decision
 from cluster.config_file import parse_config
-from cluster.controller import Controller, Hooks, StepReport
+from cluster.controller import Hooks, StepReport
 from cluster.prompt_cursor import PromptCursor
 from cluster.remote import WorkerFailedError
-from cluster.rollout_pool import RolloutPool
-from cluster.sampling import RewardErrorsError, Sampling
-from cluster.scheduler import Scheduler
-from cluster.scoring_pool import ScoringPool
+from cluster.sampling import RewardErrorsError
 
 JOB = """
 [run]
@@ -138,37 +134,17 @@ class World:
         self.most_in_flight: Counter[str] = Counter()
         self.slowness: defaultdict[str, float] = defaultdict(lambda: 1.0)
         prompts = [Prompt(f"p{i}", (1, 2), "x") for i in range(400)]
-        self.rollouts = RolloutPool(
-            [StandIn(f"rollout-{i}", self) for i in range(actors)],  # type: ignore[misc]
-            config.rollout,
-            config.sync,
-        )
-        for actor in self.rollouts.actors:
-            self.rollouts.slots.set_version(actor.remote.name, 0)
-        self.scoring = ScoringPool([StandIn("scoring-0", self)], config.scoring)  # type: ignore[list-item]
-        scheduler = Scheduler(
-            groups_per_step=config.groups_per_step,
-            window=config.scheduler.first_window,
-            total_steps=config.run.steps,
-        )
-        totals = Totals()
-        self.sampling = Sampling(
-            config=config,
-            scheduler=scheduler,
-            cursor=PromptCursor(prompts, 0),
-            rollouts=self.rollouts,
-            scoring=self.scoring,
-            totals=totals,
+        self.controller = build_controller(
+            config,
+            rollouts=[StandIn(f"rollout-{i}", self) for i in range(actors)],
+            scorers=[StandIn("scoring-0", self)],
+            learner=Learner(self),
+            prompts=prompts,
+            hooks=Hooks(self._report, self._checkpoint, self._evaluate, self.decisions.append),
             on_reward_error=self.failures.append,
         )
-        self.controller = Controller(
-            config=config,
-            sampling=self.sampling,
-            learner=Learner(self),  # type: ignore[arg-type]
-            adaptation=Adaptation(config.scheduler, scheduler, groups_per_step=config.groups_per_step),
-            hooks=Hooks(self._report, self._checkpoint, self._evaluate, self.decisions.append),
-            totals=totals,
-        )
+        self.sampling = self.controller.sampling
+        self.rollouts = self.sampling.rollouts
 
     def _report(self, report: StepReport) -> None:
         self.reports.append(report)
@@ -185,14 +161,7 @@ class World:
         return {"heldout/reward": 1.0}
 
     def run(self) -> None:
-        async def all_of_it() -> None:
-            serving = asyncio.create_task(self.scoring.run())
-            try:
-                await asyncio.wait_for(self.controller.run(), 120)
-            finally:
-                serving.cancel()
-
-        asyncio.run(all_of_it())
+        run_controller(self.controller, 120)
 
 
 @pytest.mark.parametrize("window", [0, 1, 3])

@@ -12,18 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from controller_helpers import build_controller, run_controller
 from tiny_learner import in_one_rank, make_groups, make_job, save_model, weights_of
 
 from actors.records import Group, Prompt, SampledGroup, SampleRequest, SyncProof, WeightUpdate
-from cluster.accounts import Totals
-from cluster.adaptation import Adaptation
 from cluster.config_file import parse_config
-from cluster.controller import Controller, Hooks, StepReport
-from cluster.prompt_cursor import PromptCursor
-from cluster.rollout_pool import RolloutPool
-from cluster.sampling import Sampling
-from cluster.scheduler import Scheduler
-from cluster.scoring_pool import ScoringPool
+from cluster.controller import Hooks, StepReport
 from learner.worker import LearnerWorker
 
 pytestmark = pytest.mark.integration
@@ -104,38 +98,23 @@ def replay(
     config = parse_config(JOB, [f"scheduler.{setting}", "scheduler.max_window=0"])
     rng = random.Random(seed)
     remotes: list[Any] = [Recorded(f"rollout-{i}", recording, rng, delay) for i in range(actors)]
-    rollouts = RolloutPool(remotes, config.rollout, config.sync)
-    for actor in rollouts.actors:
-        rollouts.slots.set_version(actor.remote.name, 0)
     scorers: list[Any] = [Recorded(f"scoring-{i}", recording, rng, delay) for i in range(2)]
-    scoring = ScoringPool(scorers, config.scoring)
-    scheduler = Scheduler(groups_per_step=3, window=config.scheduler.first_window, total_steps=5)
-    totals, reports = Totals(), []
-    sampling = Sampling(
-        config=config,
-        scheduler=scheduler,
-        cursor=PromptCursor([group.prompt for group in recording.values()], 0),
-        rollouts=rollouts,
-        scoring=scoring,
-        totals=totals,
-        on_reward_error=lambda failure: pytest.fail(str(failure)),
-    )
+    reports: list[StepReport] = []
 
     def work(worker: LearnerWorker) -> dict[str, Any]:
         async def nothing(*_: Any) -> dict[str, float]:
             return {}
 
-        learner: Any = InProcessLearner(worker)
-        hooks = Hooks(reports.append, nothing, nothing, lambda _: None)  # type: ignore[arg-type]
-        adaptation = Adaptation(config.scheduler, scheduler, groups_per_step=3)
-        controller = Controller(config, sampling, learner, adaptation, hooks, totals)
-
-        async def run() -> None:
-            serving = asyncio.create_task(scoring.run())
-            await asyncio.wait_for(controller.run(), 60)
-            serving.cancel()
-
-        asyncio.run(run())
+        controller = build_controller(
+            config,
+            rollouts=remotes,
+            scorers=scorers,
+            learner=InProcessLearner(worker),
+            prompts=[group.prompt for group in recording.values()],
+            hooks=Hooks(reports.append, nothing, nothing, lambda _: None),  # type: ignore[arg-type]
+            on_reward_error=lambda failure: pytest.fail(str(failure)),
+        )
+        run_controller(controller, 60)
         return weights_of(worker)
 
     weights = in_one_rank(make_job(path, ppo={"minibatches": 3}), work)

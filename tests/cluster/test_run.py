@@ -200,6 +200,9 @@ def test_interrupt_saves_and_resume_goes_on_where_it_was(start: Callable[..., Ru
     assert (summary["status"], summary["steps"]) == ("completed", done + 2)
     assert summary["reward_initial"] == pytest.approx(first_reward)  # of the first start, not measured anew
     assert resumed.steps == list(range(done + 3))
+    moments = [row["train_to_s"] for row in resumed.rows("rollouts.jsonl") if "group" not in row]
+    assert moments == sorted(moments)  # one clock over both starts
+    assert len(moments) == done + 2
     assert "mismatch/engine" in resumed.rows()[done + 1]  # what the first start measured is remembered
     # Each prompt handed out is trained once: those under way at the interrupt came first, none is left over.
     final = resumed.json(f"checkpoints/step_{done + 2:06d}/state.json")

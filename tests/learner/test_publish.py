@@ -19,7 +19,6 @@ from learner.publish import (
     WeightPublisher,
     native_init_info,
     resolve_backend,
-    tied_names,
     weight_source,
     write_safetensors,
 )
@@ -31,11 +30,10 @@ def parameters() -> Iterator[tuple[str, torch.Tensor]]:
     yield "embed.weight", EMBED
     yield "norm.weight", torch.tensor([1.0, float("inf")])
     yield "steps", torch.tensor(5)
-    yield "lm_head.weight", EMBED
 
 
-def stream(dtype: torch.dtype = torch.bfloat16, *, tied: bool = True) -> ParameterStream:
-    return ParameterStream(parameters, dtype, tied_names(tied))
+def stream(dtype: torch.dtype = torch.bfloat16) -> ParameterStream:
+    return ParameterStream(parameters, dtype)
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
@@ -43,7 +41,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def test_metadata_and_iteration_agree_after_cast_and_skip() -> None:
+def test_metadata_and_iteration_agree_after_the_cast() -> None:
     made = stream()
     assert made.metadata() == [
         TensorMeta("embed.weight", torch.bfloat16, (3, 2)),
@@ -52,10 +50,6 @@ def test_metadata_and_iteration_agree_after_cast_and_skip() -> None:
     ]
     assert made.metadata() == [TensorMeta(name, t.dtype, tuple(t.shape)) for name, t in made]
     assert made.metadata()[0].nbytes == 3 * 2 * 2
-
-
-def test_an_untied_head_is_published() -> None:
-    assert [meta.name for meta in stream(tied=False).metadata()][-1] == "lm_head.weight"
 
 
 def test_vllms_weight_source_says_the_same() -> None:
