@@ -28,6 +28,7 @@ from actors.proof import (
 )
 from actors.records import Completion, SampledGroup, SampleRequest, SyncProof, WeightUpdate
 from actors.settings import RolloutSettings, SyncSettings
+from actors.shipping import ShippedFolder, local_folder
 from actors.waits import DeadlineExceeded
 from actors.weight_files import SharedFolder, WeightFileError, host_id, local_file, remove_stale
 
@@ -145,6 +146,13 @@ class RolloutWorker:
         self._ends: frozenset[int] = frozenset()
 
     # -- life ---------------------------------------------------------------------------------------------
+
+    async def use_model(self, shipped: ShippedFolder) -> None:
+        """Before `start`: take the model from the driver's host, unless this is it. Raises ShippingError."""
+        seconds = self._rollout.start_timeout_s
+        path = await asyncio.to_thread(local_folder, shipped, seconds)
+        self._spec = replace(self._spec, model_path=str(path))
+        self._engine = WatchedEngine(self._spec)
 
     async def start(self, version: int = 0) -> EngineFacts:
         """Start the engine on the weights of `model_path`, called `version`, and generate once to warm up."""

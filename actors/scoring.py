@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from actors.records import Group, RewardFailure, SampledGroup, Trajectory
 from actors.settings import ScoringSettings
+from actors.shipping import ShippedFolder, local_folder
 from rewards.base import RewardError, RewardRequest, Score
 from rewards.build import CombinedReward, build_reward
 from rewards.settings import RewardSettings, TaskSettings
@@ -68,6 +69,10 @@ class ScoringWorker:
         self._directory = Path(directory) if directory else None
         self._reward: CombinedReward | None = None
         self._reference: PreTrainedModel | None = None
+
+    def use_model(self, shipped: ShippedFolder, seconds: float) -> None:
+        """Before `start`: take the reference from the driver's host, unless this is it; ShippingError."""
+        self._reference_path = str(local_folder(shipped, seconds))
 
     def start(self) -> None:
         """Build the rewards (ValueError if one cannot work), then load the reference."""

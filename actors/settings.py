@@ -11,6 +11,9 @@ class RolloutSettings(Settings):
     """`[rollout]`: the Ray actors that sample with vLLM."""
 
     actors: int = Field(1, ge=1, description="Rollout actors, each with a vLLM engine of its own.")
+    max_actors: int = Field(
+        0, ge=0, description="Most rollout actors, as hosts join the cluster; 0: no more than `actors`."
+    )
     group_size: int = Field(8, ge=1, description="Samples drawn for each prompt.")
     max_new_tokens: int = Field(64, ge=1, description="Longest response, in tokens, the end token included.")
     temperature: float = Field(

@@ -38,7 +38,6 @@ from cluster.adaptation import Adaptation
 from cluster.adaptive import Decision
 from cluster.config import JobConfig
 from cluster.learner_group import LearnerGroup
-from cluster.rollout_pool import RolloutActor
 from cluster.sampling import Sampling
 
 
@@ -117,8 +116,7 @@ class Controller:
         """
         self._began = time.perf_counter() - self.totals.elapsed_s  # a resumed run's clock goes on
         self._published = self.step
-        for actor in self.sampling.rollouts.actors:
-            actor.reset_idle()
+        self.sampling.rollouts.reset_idle()
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             self.sampling.start(tasks, self._began)
@@ -161,7 +159,7 @@ class Controller:
         scheduler, waits = self.sampling.scheduler, dict.fromkeys(WaitCause, 0.0)
         while not scheduler.ready() and not self.stopping:
             loading = self._syncing is not None and not self._syncing.done()
-            if scheduler.in_flight == 0 and not loading:
+            if scheduler.in_flight == 0 and not loading and self.sampling.rollouts.actors:
                 raise StalledError(
                     f"step {scheduler.step} has {scheduler.queued} of the {self.config.groups_per_step} "
                     f"groups it needs, and none is being sampled: {self.sampling.refusal.value}"
@@ -247,9 +245,12 @@ class Controller:
             since = self._now()
             proofs = await self.load_everywhere(update)
             seconds = self._now() - since
-            self.totals.synced(proofs, seconds)
-            step.row |= sync_metrics(proofs, seconds)
-            self._load_seconds = step.row["timing_s/sync_load"]  # an actor stalls while it loads, not after
+            if proofs:  # none where every actor was lost: their successors load these weights
+                self.totals.synced(proofs, seconds)
+                step.row |= sync_metrics(proofs, seconds)
+            self._load_seconds = step.row.get(
+                "timing_s/sync_load", 0.0
+            )  # an actor stalls while it loads, not after
             step.moments["loaded_s"] = self._now()
         if self._evaluates(step.number + 1):
             step.row |= await self.hooks.on_evaluate()
@@ -262,13 +263,11 @@ class Controller:
 
         An actor is given work as soon as it has the new weights, before the slowest one has.
         """
+        return await self.sampling.rollouts.load_everywhere(update, self.pump)
 
-        async def load(actor: RolloutActor) -> SyncProof:
-            proof = await self.sampling.rollouts.load(actor, update)
-            self.sampling.pump()
-            return proof
-
-        return await asyncio.gather(*(load(actor) for actor in self.sampling.rollouts.actors))
+    def pump(self) -> None:
+        """Give work to whoever is free."""
+        self.sampling.pump()
 
     # ---- the step's row ------------------------------------------------------------------------------------
 
@@ -295,6 +294,8 @@ class Controller:
             **({} if scheduler.ahead is None else {"scheduler/ahead": scheduler.ahead}),
             "scheduler/in_flight": scheduler.in_flight,
             "scheduler/queued": scheduler.queued,
+            "actors/rollout": len(self.sampling.rollouts.actors),
+            "actors/lost": self.sampling.actors_lost,
             "reward_errors": totals.groups_dropped,
             "tokens_generated": totals.tokens_generated,
             "tokens_trained": totals.tokens_trained,
@@ -305,7 +306,8 @@ class Controller:
         }
 
     def _rollout_idle_since_last_step(self) -> float:
-        """Seconds in which an actor had nothing to do since the last report, mean over actors."""
-        idle = self.sampling.rollouts.idle_seconds()
+        """Seconds in which an actor had nothing to do since the last report, mean over the present actors."""
+        rollouts = self.sampling.rollouts
+        idle = rollouts.idle_seconds()
         since, self._idle_reported = idle - self._idle_reported, idle
-        return since
+        return since / max(1, len(rollouts.actors))

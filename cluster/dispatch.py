@@ -34,6 +34,9 @@ class Dispatcher:
     def __len__(self) -> int:
         return len(self._actors)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._actors
+
     def __getitem__(self, name: str) -> ActorSlots:
         return self._actors[name]
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from actors.records import Group, Prompt, RewardFailure, SampledGroup, SampleRequest
 from actors.settings import RolloutSettings
-from cluster.remote import WorkerFailedError
+from cluster.remote import WorkerFailedError, WorkerLostError
 from cluster.rollout_pool import RolloutPool
 from cluster.scoring_pool import ScoringPool
 
@@ -135,17 +135,17 @@ async def evaluate(
 
 
 async def _sample(rollouts: RolloutPool, request: SampleRequest, attempts: int) -> SampledGroup:
-    """Sample on the least busy actor, again where a live one failed."""
+    """Sample on the least busy actor, again where one failed or was lost."""
     for attempt in range(1, attempts + 1):
-        actor = rollouts.by_load()[0]
+        actor = await rollouts.free_actor()
         rollouts.slots.begin(actor.remote.name)
         try:
             return await rollouts.sample(actor, request)
-        except WorkerFailedError:
+        except (WorkerFailedError, WorkerLostError):
             if attempt == attempts:
                 raise
         finally:
-            rollouts.slots.end(actor.remote.name)
+            rollouts.free_slot(actor.remote.name)
     raise AssertionError("rollout.max_attempts is at least 1")
 
 

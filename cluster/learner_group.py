@@ -11,6 +11,7 @@ from actors.packing import Pair
 from actors.records import Group, Prompt, WeightUpdate
 from actors.rollout import load_timeout
 from actors.settings import RolloutSettings, SyncSettings
+from actors.shipping import ShippedFolder
 from cluster.remote import Remote
 from learner.publish import RolloutSyncClient, resolve_backend
 from learner.settings import LearnerSettings
@@ -32,6 +33,22 @@ class LearnerGroup:
         deadline = self._settings.step_timeout_s if seconds is None else seconds
         answers = await asyncio.gather(*(r.call(method, *args, seconds=deadline) for r in self._ranks))
         return answers[0]
+
+    async def use_models(self, policy: ShippedFolder, critic: ShippedFolder | None, marker: Path) -> None:
+        """Before `start`: bring the models to the ranks' hosts.
+
+        Raises ValueError if some rank does not see `marker`, a file in the run folder, into which it is to
+        write checkpoints.
+        """
+        deadline = self._settings.start_timeout_s
+        await self._all("use_models", policy, critic, deadline, seconds=deadline + 30)
+        for rank in self._ranks:
+            if not await rank.call("sees", str(marker), seconds=deadline):
+                raise ValueError(
+                    f"--run-dir {marker.parent}: {rank.name} runs on a host that does not see this folder. "
+                    "Put it on a file system that the driver and all learner ranks share, or give the "
+                    "driver's host, and no other, the resource headrace_learner (docs/cluster.md)"
+                )
 
     async def start(self) -> LearnerFacts:
         """Load the model on every rank and let them meet; gives what rank 0 turned out to be."""
@@ -66,15 +83,17 @@ class LearnerGroup:
         cuda: bool,
         actor_hosts: Sequence[str],
         colocated: bool,
+        elastic: bool,
     ) -> None:
         """Open the way by which weights reach the rollout actors.
 
         `actor_hosts` are the `host_id`s of their engines: an actor on another host than the learner's rank 0
-        gets the weights through Ray's object store. `colocated` says that both share a GPU.
+        gets the weights through Ray's object store. `colocated` says that both share a GPU, `elastic` that
+        actors may yet come on other hosts.
         """
         assert self._facts is not None, "start comes first"
         backend = resolve_backend(sync, "cuda" if cuda else "cpu", colocated=colocated)
-        transport: dict[str, Any] = {"remote_hosts": set(actor_hosts) != {self._facts.host_id}}
+        transport: dict[str, Any] = {"remote_hosts": elastic or set(actor_hosts) != {self._facts.host_id}}
         if backend != "shared":  # not yet run on a GPU
             handles = {remote.name: remote.handle for remote in rollouts}
             transport |= {

@@ -1,10 +1,9 @@
-"""Starts Ray and the actors of a job, each where its resources are.
+"""What a job asks of the cluster, and Ray's start.
 
 The only file of this package that starts Ray. On one machine a private Ray is used: loopback only, no
 dashboard, gone with the run.
 """
 
-import asyncio
 import logging
 import math
 import os
@@ -12,22 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
 
-from actors.rollout import RolloutWorker
-from actors.scoring import ScoringWorker
 from cluster.config import JobConfig
 from cluster.prepare import Prepared
-from cluster.remote import Remote
 from learner.publish import resolve_backend
-from learner.worker import LearnerJob, LearnerWorker
+from learner.worker import LearnerJob
 
 _GIB = 1024**3
-_STOP_DEADLINE_S = 10.0
-_SHARED_GPU = 0.45  # of one GPU, for the learner and for the actor where they share it
+_SLIVER = 0.001  # of a host's role resource: it says where an actor may go, not how many fit
+SHARED_GPU = 0.45  # of one GPU, for the learner and for the actor where they share it
 
 
 class PlacementError(RuntimeError):
@@ -40,25 +35,6 @@ class Resources:
 
     cores: float
     gpus: float
-
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """The actors of a job; `colocated`: the one learner rank and the one rollout actor share a GPU."""
-
-    learners: list[Remote]
-    rollouts: list[Remote]
-    scorers: list[Remote]
-    colocated: bool
-
-    async def stop(self) -> None:
-        """Ask every actor to clean up, briefly, then end its process whatever it is doing."""
-        workers = (*self.rollouts, *self.scorers, *self.learners)
-        await asyncio.gather(
-            *(worker.call("stop", seconds=_STOP_DEADLINE_S) for worker in workers), return_exceptions=True
-        )
-        for worker in workers:
-            worker.kill()
 
 
 def colocated(config: JobConfig, gpus: float) -> bool:
@@ -79,7 +55,7 @@ def needed_resources(config: JobConfig, *, gpus: float) -> Resources:
         return Resources(cores, 0)
     computing: float = learner.ranks + rollout.actors * rollout.tensor_parallel
     if colocated(config, gpus):
-        computing = 2 * _SHARED_GPU
+        computing = 2 * SHARED_GPU
     return Resources(cores, computing + scoring.actors * scoring.gpus)
 
 
@@ -138,80 +114,12 @@ def ray_session(config: JobConfig, run_dir: Path) -> Iterator[bool]:
     try:
         _link_logs(run_dir)
         cuda = _use_cuda(config)
-        gpus = _usable_gpus(cuda)
+        gpus = usable_gpus(cuda)
         sync_backend(config, gpus)  # refuses here what cannot work
         _check_resources(needed_resources(config, gpus=gpus))
         yield cuda
     finally:
         ray.shutdown()
-
-
-def create_workers(
-    config: JobConfig, job: LearnerJob, *, reference_path: Path, cuda: bool, step: int = 0
-) -> Workers:
-    """Ask Ray for every actor of the job. Returns at once: `start` on each tells when it is there.
-
-    `step` is the number of learner steps that the run has taken: a resumed run samples with other seeds.
-    """
-    device = "cuda" if cuda else "cpu"
-    gpus = _usable_gpus(cuda)
-    together = colocated(config, gpus)
-    sync = config.sync.model_copy(update={"backend": sync_backend(config, gpus)})
-    placing = _one_gpu(config) if together else {}
-    share = _SHARED_GPU if together else 1
-    learners = [
-        _actor(
-            LearnerWorker,
-            f"learner-{rank}",
-            {"num_cpus": config.learner.cores, "num_gpus": share if cuda else 0, **placing},
-            rank,
-            config.learner.ranks,
-            job,
-        )
-        for rank in range(config.learner.ranks)
-    ]
-    rollouts = [
-        _actor(
-            RolloutWorker,
-            name := f"rollout-{index}",
-            {
-                "num_cpus": config.rollout.cores,
-                "num_gpus": share * config.rollout.tensor_parallel if cuda else 0,
-                "max_concurrency": 4 * config.rollout.max_groups_in_flight,
-                **placing,
-            },
-            name,
-            job.model_path,
-            config.rollout,
-            sync,
-            dtype=config.learner.precision,
-            max_length=job.max_length,
-            seed=sampler_seed(config.run.seed, index, step),
-            device=device,
-        )
-        for index in range(config.rollout.actors)
-    ]
-    scorers = [
-        _actor(
-            ScoringWorker,
-            name := f"scoring-{index}",
-            {"num_cpus": config.scoring.cores, "num_gpus": config.scoring.gpus if cuda else 0},
-            name,
-            str(reference_path),
-            config.reward,
-            config.task,
-            config.scoring,
-            dtype=config.learner.precision,
-            attention=config.model.attention,
-            temperature=config.rollout.temperature,
-            micro_batch_tokens=config.learner.micro_batch_tokens,
-            chunk_tokens=config.learner.logprob_chunk_tokens,
-            device="cuda" if cuda and config.scoring.gpus > 0 else "cpu",
-            directory=str(Path.cwd()),
-        )
-        for index in range(config.scoring.actors)
-    ]
-    return Workers(learners, rollouts, scorers, together)
 
 
 def learner_job(config: JobConfig, prepared: Prepared) -> LearnerJob:
@@ -231,22 +139,14 @@ def learner_job(config: JobConfig, prepared: Prepared) -> LearnerJob:
     )
 
 
-def _actor(worker_class: type, name: str, options: dict[str, Any], *args: Any, **kwargs: Any) -> Remote:
-    handle = ray.remote(worker_class).options(max_restarts=0, **options).remote(*args, **kwargs)
-    return Remote(name, handle)
+def role_resource(role: str) -> dict[str, float]:
+    """A sliver of the role's own resource, where the cluster's hosts are told apart by one."""
+    name = f"headrace_{role}"
+    return {name: _SLIVER} if ray.cluster_resources().get(name, 0) else {}
 
 
-def _one_gpu(config: JobConfig) -> dict[str, Any]:
-    """Options of two actors that are to share a GPU: one bundle, whose part of a GPU lies on one device."""
-    from ray.util.placement_group import placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    bundle = {"CPU": config.learner.cores + config.rollout.cores, "GPU": 2 * _SHARED_GPU}
-    group = placement_group([bundle])  # gone with the job
-    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)}
-
-
-def _usable_gpus(cuda: bool) -> float:
+def usable_gpus(cuda: bool) -> float:
+    """GPUs of the cluster that the job may use."""
     return float(ray.cluster_resources().get("GPU", 0)) if cuda else 0.0
 
 

@@ -5,11 +5,16 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors.engine import EngineDied
 from actors.waits import within
 
 
 class WorkerLostError(RuntimeError):
-    """An actor's process is gone."""
+    """An actor's process, its engine or its host is gone."""
+
+
+class LossError(RuntimeError):
+    """An actor is lost and the run can't go on without it."""
 
 
 class WorkerFailedError(RuntimeError):
@@ -17,17 +22,18 @@ class WorkerFailedError(RuntimeError):
 
 
 class Remote:
-    """A named Ray actor."""
+    """A named Ray actor; `place` is its number among those of its role, which a successor takes over."""
 
-    def __init__(self, name: str, handle: Any) -> None:
+    def __init__(self, name: str, handle: Any, place: int = 0) -> None:
         self.name = name
         self.handle = handle
+        self.place = place
 
     async def call(self, method: str, *args: Any, seconds: float) -> Any:
         """Await `method(*args)` on the actor.
 
-        Raises DeadlineExceeded after `seconds`, WorkerLostError if the process died, and WorkerFailedError
-        with the actor's own message if the call raised.
+        Raises DeadlineExceeded after `seconds`, WorkerLostError if the process or its engine died, and
+        WorkerFailedError with the actor's own message if the call raised.
         """
         reference = getattr(self.handle, method).remote(*args)
         try:
@@ -36,9 +42,8 @@ class Remote:
             raise WorkerLostError(f"{self.name} died while it was asked to {method}: {error}") from error
         except RayTaskError as error:
             cause = error.cause if error.cause is not None else error
-            raise WorkerFailedError(
-                f"{self.name} failed to {method}: {type(cause).__name__}: {cause}"
-            ) from error
+            kind = WorkerLostError if isinstance(cause, EngineDied) else WorkerFailedError
+            raise kind(f"{self.name} failed to {method}: {type(cause).__name__}: {cause}") from error
 
     def kill(self) -> None:
         """End the process at once, whatever it is doing."""

@@ -18,7 +18,7 @@ from cluster.accounts import Stopwatch, TakenGroup, Totals
 from cluster.config import JobConfig
 from cluster.dispatch import next_dispatch
 from cluster.prompt_cursor import PromptCursor
-from cluster.remote import WorkerFailedError
+from cluster.remote import WorkerFailedError, WorkerLostError
 from cluster.rollout_pool import RolloutActor, RolloutPool
 from cluster.scheduler import Refusal, Scheduler
 from cluster.scoring_pool import ScoringPool
@@ -82,6 +82,11 @@ class Sampling:
     def pending_prompts(self) -> list[str]:
         """Ids of the prompts that were dispatched and are not trained yet, oldest first."""
         return [work.prompt.id for _, work in sorted(self._work.items())] + [p.id for p in self.requeued]
+
+    @property
+    def actors_lost(self) -> int:
+        """Rollout and scoring actors that were lost so far."""
+        return self.rollouts.lost + self.scoring.lost
 
     def under_way(self) -> str:
         """The first groups under way, for messages."""
@@ -147,18 +152,19 @@ class Sampling:
     def _free_slot(self, work: _Work) -> None:
         name, work.slot_on = work.slot_on, ""
         if name:
-            self.rollouts.slots.end(name)
+            self.rollouts.free_slot(name)
 
     async def _sample_and_score(self, group_id: int, actor: RolloutActor) -> None:
         """The life of one group. Consumes: an admission. Waits for: its actors. Produces: a ready group.
 
-        A sample that its actor failed to give is asked for again, up to `rollout.max_attempts` times.
+        A sample that its actor failed to give, or took with it when it was lost, is asked for again, up to
+        `rollout.max_attempts` times.
         """
         work = self._work[group_id]
         work.attempts += 1
         try:
             sampled = await self.rollouts.sample(actor, self._request(group_id, work.prompt))
-        except WorkerFailedError:
+        except (WorkerFailedError, WorkerLostError):
             self._free_slot(work)
             if work.attempts >= self.config.rollout.max_attempts:
                 raise

@@ -1,37 +1,73 @@
-"""The scoring actors as the controller sees them: one queue that all of them draw from, in batches."""
+"""The scoring actors as the controller sees them: one queue that all of them draw from, in batches.
+
+What a lost actor was scoring goes back into the queue; a successor is started in its place.
+"""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from actors.records import Group, RewardFailure, SampledGroup
 from actors.settings import BATCH_GROUPS, ScoringSettings
-from cluster.remote import Remote
+from actors.shipping import ShippedFolder
+from actors.waits import DeadlineExceeded
+from cluster.remote import LossError, Remote, WorkerFailedError, WorkerLostError
+
+_MOST_LOSSES = 3  # actors lost over one group: then it is likely the group's fault
+_PAUSE_S = 5.0
+
+
+@dataclass(slots=True)
+class _Waiting:
+    group: SampledGroup
+    answer: "asyncio.Future[Group | RewardFailure]"
+    losses: int = 0
 
 
 class ScoringPool:
     """Scores groups off the learner's critical path."""
 
-    def __init__(self, remotes: Sequence[Remote], settings: ScoringSettings) -> None:
-        self._remotes = remotes
+    def __init__(
+        self,
+        remotes: Sequence[Remote],
+        settings: ScoringSettings,
+        *,
+        create: Callable[[int], Remote] | None = None,
+        on_event: Callable[[str], None] = print,
+    ) -> None:
+        """`create` makes an actor for a place; without it a loss ends the run. `on_event` hears of losses."""
+        self.remotes = list(remotes)
+        self.lost = 0
         self._settings = settings
-        self._queue: asyncio.Queue[tuple[SampledGroup, asyncio.Future[Group | RewardFailure]]] = (
-            asyncio.Queue()
-        )
+        self._create = create
+        self._on_event = on_event
+        self._start_s = 0.0
+        self._reference: ShippedFolder | None = None
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
 
-    async def start(self, seconds: float) -> None:
-        """Load the reference and the rewards in every actor."""
-        await asyncio.gather(*(remote.call("start", seconds=seconds) for remote in self._remotes))
+    async def start(self, seconds: float, reference: ShippedFolder | None = None) -> None:
+        """Load the reference and the rewards in every actor, later in their successors, within `seconds`.
+
+        `reference` is the model where it must be brought to their hosts.
+        """
+        self._start_s, self._reference = seconds, reference
+        await asyncio.gather(*(self._start(remote) for remote in self.remotes))
+
+    async def _start(self, remote: Remote) -> None:
+        if self._reference is not None:
+            await remote.call("use_model", self._reference, self._start_s, seconds=self._start_s + 30)
+        await remote.call("start", seconds=self._start_s)
 
     async def score(self, group: SampledGroup) -> Group | RewardFailure:
         """Have a group scored; waits its turn."""
         answer: asyncio.Future[Group | RewardFailure] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait((group, answer))
+        self._queue.put_nowait(_Waiting(group, answer))
         return await answer
 
     async def run(self) -> None:
         """Serve the queue with every actor until cancelled; raises what an actor raised."""
         async with asyncio.TaskGroup() as tasks:
-            for remote in self._remotes:
+            for remote in list(self.remotes):
                 tasks.create_task(self._serve(remote))
 
     async def _serve(self, remote: Remote) -> None:
@@ -41,7 +77,45 @@ class ScoringPool:
             while len(batch) < BATCH_GROUPS and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             seconds = self._settings.timeout_s * len(batch)
-            answers = await remote.call("score", [group for group, _ in batch], seconds=seconds)
-            for (_, future), answer in zip(batch, answers, strict=True):
-                if not future.done():  # its waiter may have been cancelled
-                    future.set_result(answer)
+            try:
+                answers = await remote.call("score", [waiting.group for waiting in batch], seconds=seconds)
+            except WorkerLostError as error:
+                self._put_back(batch, error)
+                remote = await self._successor(remote, error)
+                continue
+            for waiting, answer in zip(batch, answers, strict=True):
+                if not waiting.answer.done():  # its waiter may have been cancelled
+                    waiting.answer.set_result(answer)
+
+    def _put_back(self, batch: list[_Waiting], error: WorkerLostError) -> None:
+        for waiting in batch:
+            waiting.losses += 1
+            if waiting.losses >= _MOST_LOSSES:
+                raise LossError(
+                    f"{waiting.losses} scoring actors were lost while they scored group "
+                    f"{waiting.group.group_id} (prompt {waiting.group.prompt.id}): {error}"
+                ) from error
+            self._queue.put_nowait(waiting)
+
+    async def _successor(self, lost: Remote, error: WorkerLostError) -> Remote:
+        """Start an actor in the place of a lost one; tries for as long as others score, else once more."""
+        self.remotes.remove(lost)
+        self.lost += 1
+        lost.kill()
+        if self._create is None:
+            raise LossError(str(error)) from error
+        self._on_event(f"warning: {error}; another takes its place")
+        while True:
+            remote = self._create(lost.place)
+            try:
+                await self._start(remote)
+            except (WorkerLostError, WorkerFailedError, DeadlineExceeded) as failure:
+                remote.kill()
+                if not self.remotes:
+                    raise LossError(f"no scoring actor is left: {failure}") from failure
+                self._on_event(f"warning: {remote.name} could not start, trying again: {failure}")
+                await asyncio.sleep(_PAUSE_S)
+            else:
+                self.remotes.append(remote)
+                self._on_event(f"{remote.name} scores in the place of {lost.name}")
+                return remote

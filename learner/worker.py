@@ -7,6 +7,7 @@ Every method but `rendezvous` is collective: call it on all ranks. The class kno
 calls; it is an ordinary class that can be made and used in one process.
 """
 
+import dataclasses
 import resource
 import socket
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor
 from actors.language_model import load_causal_model
 from actors.packing import Pair, pack, scatter
 from actors.records import Group, WeightUpdate
+from actors.shipping import ShippedFolder, local_folder
 from actors.weight_files import host_id
 from learner import checkpoint
 from learner.batch import flatten
@@ -110,6 +112,18 @@ class LearnerWorker:
         with closing(socket.socket()) as probe:
             probe.bind((address, 0))
             return address, int(probe.getsockname()[1])
+
+    def use_models(self, policy: ShippedFolder, critic: ShippedFolder | None, seconds: float) -> None:
+        """Before `start`: take the models from the driver's host, unless this is it. Raises ShippingError."""
+        model = self._job.model
+        if critic is not None:
+            model = model.model_copy(update={"critic": str(local_folder(critic, seconds))})
+        path = str(local_folder(policy, seconds))
+        self._job = dataclasses.replace(self._job, model_path=path, model=model)
+
+    def sees(self, path: str) -> bool:
+        """Whether this host has a file: the driver asks, to learn whether they share the run's folder."""
+        return Path(path).is_file()
 
     def start(self, address: str, port: int) -> LearnerFacts:
         """Join the group, load the model and build the engines."""
