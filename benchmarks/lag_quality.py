@@ -1,10 +1,12 @@
 """What lag costs, with and without correction: held-out reward after the same number of learner steps.
 
-    python -m benchmarks.lag_quality [--lags 0 2 4 8] [--corrections none coupled tis] [--seeds 3]
+    python -m benchmarks.lag_quality [--lags 8] [--corrections none tis] [--seeds 3]
 
 The workload is the learner-bound one, so that the queue stays full and the mean lag comes close to the
-window: S = 8 is a forced lag of 8. All runs of a seed start from the same policy and have the same data. Each
-finished run is added to lag_quality.json at once, so an interrupted benchmark goes on where it was.
+window: S = 8 is a forced lag of 8. All runs of a seed start from the same policy and have the same data.
+The synchronous runs, and those of each lag with the coupled ratio, are those of time_to_reward.json: run
+`benchmarks.time_to_reward` first, and with the same `--keep`. Each finished run is added to lag_quality.json
+at once, so an interrupted benchmark goes on where it was.
 """
 
 import argparse
@@ -18,7 +20,8 @@ from typing import Any
 from scipy import stats
 
 from benchmarks.machine import StolenTime, describe
-from benchmarks.time_to_reward import train, warmed_up
+from benchmarks.time_to_reward import EVALUATIONS, MODES, train, warmed_up
+from benchmarks.time_to_reward import RESULTS as TIME_TO_REWARD
 from benchmarks.workloads import config
 from cluster.monitor import read_rows
 
@@ -28,7 +31,6 @@ WORKLOAD = "learner"
 DECOUPLED = "correction.ratio=proximal"
 CORRECTIONS = {
     "none": [DECOUPLED],
-    "coupled": [],  # as the workloads have it
     "tis": [DECOUPLED, "correction.weights=tis"],
     "tis+m2po": [DECOUPLED, "correction.weights=tis", "correction.mask=m2po"],
     "icepop": [DECOUPLED, "correction.weights=icepop"],
@@ -42,30 +44,35 @@ def one_run(lag: int, correction: str, seed: int, steps: int, folder: Path) -> d
     run = folder / f"lag-{lag}-{correction}"
     clock = time.monotonic()
     stolen = StolenTime(clock)
-    overrides = [
-        f"run.steps={steps}",
-        f"run.seed={seed}",
-        f"scheduler.window={lag}",
-        *CORRECTIONS[correction],
-    ]
-    train(config(WORKLOAD, folder / "data", str(model)), run, overrides)
+    overrides = [f"run.steps={steps}", f"run.seed={seed}", f"scheduler.window={lag}"]
+    overrides += ["learner.threads=1", "rollout.threads=1", f"run.evaluate_every={steps // EVALUATIONS}"]
+    train(config(WORKLOAD, folder / "data", str(model)), run, [*overrides, *CORRECTIONS[correction]])
     rows = [row for row in read_rows(run / "metrics.jsonl") if row.get("timing_s/step")]
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    late = rows[len(rows) // 2 :]
+    late = rows[len(rows) // 4 :]
     return {
         "lag": lag,
         "correction": correction,
         "seed": seed,
         "steps": steps,
-        "lag_mean_late": mean(row["lag/mean"] for row in late),
-        "reward_initial": summary["reward_initial"],
+        "lag_mean": mean(row["lag/mean"] for row in late),
         "reward_final": summary["reward_final"],
-        "kl_final": summary["kl_final"],
         "mismatch_kl": mean(row["mismatch/kl"] for row in late),
         "ess": mean(row["mismatch/ess"] for row in late),
-        "cut_fraction": mean(row.get("correction/cut_fraction") or 0.0 for row in late),
         "cpu_stolen_fraction": stolen.share(time.monotonic()),
     }
+
+
+def coupled_runs() -> list[dict[str, Any]]:
+    """The runs of the other benchmark on this workload, as this one has them."""
+    if not TIME_TO_REWARD.exists():
+        return []
+    kept = ("seed", "steps", "lag_mean", "reward_final", "mismatch_kl", "ess")
+    return [
+        {"lag": int(MODES[run["mode"]]), "correction": "coupled", **{key: run[key] for key in kept}}
+        for run in json.loads(TIME_TO_REWARD.read_text(encoding="utf-8"))["runs"]
+        if run["workload"] == WORKLOAD and MODES[run["mode"]].isdigit()
+    ]
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -86,7 +93,7 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "reward_final": mean(run["reward_final"] for run in mine),
                 "against_sync": mean(gaps) if gaps else None,
                 "against_sync_ci95_half": half,
-                "lag_mean_late": mean(run["lag_mean_late"] for run in mine),
+                "lag_mean": mean(run["lag_mean"] for run in mine),
                 "mismatch_kl": mean(run["mismatch_kl"] for run in mine),
                 "ess": mean(run["ess"] for run in mine),
             }
@@ -97,18 +104,16 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     """Run what is missing, then summarise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--lags", type=int, nargs="+", default=[0, 2, 4, 8])
-    parser.add_argument("--corrections", nargs="+", default=["none", "coupled", "tis"], choices=CORRECTIONS)
+    parser.add_argument("--lags", type=int, nargs="+", default=[8])
+    parser.add_argument("--corrections", nargs="+", default=["none", "tis"], choices=CORRECTIONS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further run after so long")
     parser.add_argument("--keep", type=Path, help="keep the run folders here")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"runs": []}
     done = {(run["lag"], run["correction"], run["seed"]) for run in results["runs"]}
-    # Without lag every correction is the same (weights of 1, up to rounding): one run stands for all.
-    cells = [(0, "tis")] if 0 in options.lags else []
-    cells += [(lag, name) for lag in options.lags if lag for name in options.corrections]
+    cells = [(lag, name) for lag in options.lags for name in options.corrections]
     ends = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
@@ -122,7 +127,7 @@ def main() -> None:
                 results |= {"command": "python -m benchmarks.lag_quality", "machine": describe()}
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if results["runs"]:
-        results["summary"] = summarise(results["runs"])
+        results["summary"] = summarise([*coupled_runs(), *results["runs"]])
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for row in results.get("summary", []):
         half = row["against_sync_ci95_half"]
@@ -130,7 +135,7 @@ def main() -> None:
         print(
             f"S = {row['lag']}, {row['correction']:8s} reward {row['reward_final']:.3f}{gap}"
             f"{'' if half is None else f' ± {half:.3f}'} ({row['seeds']} seeds; mean lag "
-            f"{row['lag_mean_late']:.1f}, KL {row['mismatch_kl']:.4f}, ESS {row['ess']:.3f})"
+            f"{row['lag_mean']:.1f}, KL {row['mismatch_kl']:.4f}, ESS {row['ess']:.3f})"
         )
 
 

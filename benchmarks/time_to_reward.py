@@ -101,6 +101,8 @@ def one_run(workload: str, seed: int, mode: str, steps: int, folder: Path) -> di
         "wait_by_cause_s": summary["wait_by_cause"],
         "rollout_wait_fraction": summary["rollout_wait_fraction"],
         "efficiency": mean(row["perf/efficiency"] for row in steady),
+        "scheduler_share": sum(row["timing_s/scheduler"] for row in steady)
+        / sum(row["timing_s/step"] for row in steady),
         "lag_mean": summary["lag_mean"],
         "lag_max": summary["lag_max"],
         "window_final": summary["window_final"],
@@ -165,6 +167,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 "lag_mean": mean(r["lag_mean"] for r in mine if r["mode"] == mode),
                 "wait_fraction": mean(r["wait_fraction"] for r in mine if r["mode"] == mode),
                 "efficiency": mean(r["efficiency"] for r in mine if r["mode"] == mode),
+                "scheduler_share": mean(r["scheduler_share"] for r in mine if r["mode"] == mode),
                 "reward_final": mean(r["reward_final"] for r in mine if r["mode"] == mode),
             }
             for mode, values in speedups.items()
@@ -192,7 +195,7 @@ def show(table: dict[str, Any]) -> None:
             print(
                 f"  {mode:9s} {row['speedup_median']:.2f}× {ends}  step {row['step_s']:.2f} s, mean lag "
                 f"{row['lag_mean']:.2f}, learner waits {row['wait_fraction']:.0%}, η "
-                f"{row['efficiency']:.2f}, final reward {row['reward_final']:.3f}{missed}"
+                f"{row['efficiency']:.2f}, scheduler {row['scheduler_share']:.1%} of a step, final reward {row['reward_final']:.3f}{missed}"
             )
 
 
