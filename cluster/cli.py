@@ -72,6 +72,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(plan)
     _add_plan_options(plan)
     plan.set_defaults(run=_plan)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check a machine or a cluster, and a job's inputs, before a launch",
+        description="Check packages, memory, cores, ports, tokens, clocks, disk, model, data and rewards, on "
+        "this machine or on every host of a Ray cluster, and say what to do about each finding. Changes "
+        "nothing. Exit status 1 if a check fails.",
+    )
+    _add_overrides(doctor)
+    _add_doctor_options(doctor)
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -124,6 +135,29 @@ def _add_plan_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_doctor_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "config",
+        type=Path,
+        nargs="?",
+        metavar="CONFIG.toml",
+        help="the job to check for; without it only hosts are checked",
+    )
+    command.add_argument(
+        "--address",
+        metavar="ADDR",
+        help="Ray cluster whose hosts are checked: host:port of its head, auto, or local for this machine "
+        "(default: cluster.address)",
+    )
+    command.add_argument(
+        "--run-dir", type=Path, default=Path("runs"), help="where the run would be written (default: runs)"
+    )
+    command.add_argument(
+        "--timeout", type=float, default=30.0, metavar="S", help="longest wait for hosts to answer (30)"
+    )
+    command.add_argument("--json", action="store_true", help="print the records as JSON")
+
+
 def _train(options: argparse.Namespace) -> int:
     from cluster.config_file import ConfigError, load_config
 
@@ -157,6 +191,12 @@ def _plan(options: argparse.Namespace) -> int:
 
     run_plan(options)
     return EXIT_OK
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from cluster.doctor import run_doctor
+
+    return EXIT_OK if run_doctor(options) else EXIT_FAILED
 
 
 def _new_run_dir(name: str) -> Path:

@@ -3,7 +3,8 @@
     step(row) ─► metrics.jsonl ─► W&B ─► console          samples(step, rows) ─► samples.jsonl ─► W&B table
     decision(row) ─► decisions.jsonl ─► console           trace(rows) ─► rollouts.jsonl
     warmup(row) ─► warmup.jsonl ─► W&B ─► console         event(text) ─► events.log ─► console
-    summary(values) ─► summary.json ─► W&B
+    summary(values) ─► summary.json ─► W&B                alert(kind, text) ─► event ─► W&B alert
+    report(path) ─► W&B panel and artifact
 
 One process has a Monitor; workers hand it typed values and log nothing themselves.
 """
@@ -15,20 +16,22 @@ import math
 import numbers
 import os
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from cluster.alerts import SERIOUS, Alerts
 from cluster.console import make_console
 from cluster.metrics import lookup
-from cluster.monitor_settings import MonitorSettings
-from cluster.redact import redact, scrub
+from cluster.monitor_settings import AlertKind, MonitorSettings
+from cluster.redact import hide_variables, redact, scrub
 from cluster.wandb_copy import LEARNER_AXIS, WARMUP_AXIS, WandbCopy
 
 METRICS, WARMUP, SAMPLES = "metrics.jsonl", "warmup.jsonl", "samples.jsonl"
 DECISIONS, TRACE = "decisions.jsonl", "rollouts.jsonl"
 EVENTS, SUMMARY = "events.log", "summary.json"
+_EARLIER_SAMPLES = 2000  # of earlier starts that a resumed offline run shows again
 
 Value = float | int | None
 
@@ -61,6 +64,7 @@ class Monitor:
         self._strict = strict
         self._said: set[str] = set()
         self._unknown: Counter[str] = Counter()
+        hide_variables(_secret_variables(config))
         for name in (METRICS, SAMPLES, DECISIONS, TRACE):
             _rewind(run_dir / name, 0 if resume_from is None else resume_from, fresh=resume_from is None)
         if resume_from is None:
@@ -70,7 +74,14 @@ class Monitor:
             for name in (METRICS, WARMUP, SAMPLES, DECISIONS, TRACE, EVENTS)
         }
         self._console = make_console(settings.console, run_dir.name, total_steps)
-        self._wandb = WandbCopy(run_dir, settings, config, self.event)
+        self._wandb = WandbCopy(
+            run_dir,
+            settings,
+            config,
+            first_row=_rows_written(run_dir),
+            earlier=deque(read_rows(run_dir / SAMPLES), maxlen=_EARLIER_SAMPLES),
+        )
+        self._alerts = Alerts(run_dir.name, settings, self.event, self._send_alert)
         self._closed = False
 
     @property
@@ -80,7 +91,7 @@ class Monitor:
 
     @property
     def wandb_mode(self) -> str:
-        """online, offline or disabled, as it really is."""
+        """online, offline or disabled: as intended until W&B has started, then as it really is."""
         return self._wandb.mode
 
     def step(self, row: Mapping[str, Value]) -> None:
@@ -97,9 +108,13 @@ class Monitor:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keep samples for reading; see docs/data.md for the columns that the report uses."""
-        for row in rows:
+        clean = [
+            {name: scrub(value) if isinstance(value, str) else value for name, value in row.items()}
+            for row in rows
+        ]
+        for row in clean:
             self._files[SAMPLES].write(dump({LEARNER_AXIS: step, **row}) + "\n")
-        self._wandb.samples(step, rows)
+        self._wandb.samples(step, clean)
 
     def trace(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keep the times of a step and of its groups: what `headrace plan` calibrates itself on."""
@@ -118,6 +133,21 @@ class Monitor:
         self._files[EVENTS].write(f"{now} {text}\n")
         self._console.event(text)
 
+    def alert(self, kind: AlertKind, text: str) -> None:
+        """An event that somebody who is not looking should hear of: W&B sends it on, if `alerts` has it."""
+        self._alerts.raise_alert(kind, text)
+
+    def reward_errors(self, failed: int, scored: int) -> None:
+        """Groups left out and groups scored so far: an alert once that is more than `alert_reward_errors`."""
+        self._alerts.reward_errors(failed, scored)
+
+    def _send_alert(self, kind: AlertKind, title: str, text: str) -> None:
+        self._wandb.alert(scrub(title), scrub(text), serious=kind in SERIOUS)
+
+    def report(self, path: Path) -> None:
+        """Give the report to W&B, as a panel and as a file."""
+        self._wandb.report(path)
+
     def summary(self, values: Mapping[str, Any]) -> Path:
         """Write summary.json, whole or not at all."""
         clean = redact(values)
@@ -130,8 +160,11 @@ class Monitor:
         if self._closed:
             return
         self._closed = True
-        self._console.stop()
         self._wandb.finish(exit_code)
+        self._tell_news_of_wandb()
+        if (command := self._wandb.sync_command()) is not None:
+            self.event(f"to send this run to W&B: {command}")
+        self._console.stop()
         for file in self._files.values():
             file.close()
 
@@ -152,12 +185,17 @@ class Monitor:
         self._files[file].write(dump(clean) + "\n")
         self._wandb.log(clean)
         self._console.row(clean)
+        self._tell_news_of_wandb()
         for name in unknown:
             if self._strict:
                 raise UnknownMetricError(
                     f"metric {name!r} is not explained in cluster/metrics.py: add it there"
                 )
             self._once(name, f"metric {name!r} has no entry in docs/metrics.md")
+
+    def _tell_news_of_wandb(self) -> None:
+        if (news := self._wandb.news()) is not None:
+            self.event(news)
 
     def _finite(self, name: str, value: Value) -> Value:
         if value is None:
@@ -224,6 +262,28 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(row, dict):
                 yield row
+
+
+def _rows_written(run_dir: Path) -> int:
+    """At least as many as the rows that earlier starts gave to W&B, by the lines of what it has copies of."""
+    names = (METRICS, WARMUP, SAMPLES)
+    paths = [run_dir / name for name in names] + [
+        (run_dir / name).with_suffix(".superseded.jsonl") for name in names
+    ]
+    starts = len(list((run_dir / "wandb").glob("*run-*")))  # each may have sent a report
+    return starts + sum(_lines(path) for path in paths if path.is_file())
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _secret_variables(config: Mapping[str, Any]) -> list[str]:
+    """Environment variables that the job's configuration names as needed by a reward: keys, mostly."""
+    scoring = config.get("scoring")
+    names = scoring.get("reward_env", ()) if isinstance(scoring, Mapping) else ()
+    return [str(name) for name in names]
 
 
 def _rewind(path: Path, step: int, *, fresh: bool) -> None:

@@ -2,12 +2,22 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 HIDDEN = "[redacted]"
 _SECRET_NAME = re.compile(r"key|token(?!iz)|secret|password|passwd|credential", re.IGNORECASE)
 _SHORTEST_SECRET = 8  # shorter values of the environment are everyday words
+_LOGIN_IN_URL = re.compile(r"(?P<before>\w://[^\s/@:]*:)[^\s/@]+(?=@)")
+_AUTHORIZATION = re.compile(
+    r"(?P<before>authorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+)[\w.~+/=-]+", re.IGNORECASE
+)
+_named: set[str] = set()
+
+
+def hide_variables(names: Iterable[str]) -> None:
+    """Treat these environment variables of this process as secrets too, whatever they are called."""
+    _named.update(names)
 
 
 def redact(value: Any, name: str = "") -> Any:
@@ -27,8 +37,22 @@ def redact(value: Any, name: str = "") -> Any:
 
 
 def scrub(text: str) -> str:
-    """The text without the values of environment variables that have a telling name."""
-    for name, value in os.environ.items():
-        if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name) and value in text:
-            text = text.replace(value, HIDDEN)
-    return text
+    """The text without secrets: values of environment variables that have a telling name or were named to
+    `hide_variables`, passwords in addresses, and tokens in headers.
+    """
+    for secret in _secrets():
+        if secret in text:
+            text = text.replace(secret, HIDDEN)
+    if "://" in text:
+        text = _LOGIN_IN_URL.sub(rf"\g<before>{HIDDEN}", text)
+    return _AUTHORIZATION.sub(rf"\g<before>{HIDDEN}", text)
+
+
+def _secrets() -> Iterator[str]:
+    """The values to hide, the longest first: one may be part of another."""
+    found = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST_SECRET and (name in _named or _SECRET_NAME.search(name))
+    }
+    yield from sorted(found, key=len, reverse=True)

@@ -13,8 +13,12 @@ from typing import Any
 
 from rewards.base import Reward, RewardError, RewardRequest, Score
 from rewards.child_reward import ChildLimits
+from rewards.code_reward import CodeReward, CodeSettings
+from rewards.code_tests import ENTRY_COLUMN, cases_of, entry_point_of
 from rewards.graders import ExactReward, NumericReward, RegexReward, TaskReward, answer_number, answer_text
+from rewards.sandbox import MIB, SandboxLimits
 from rewards.settings import RewardSettings, TaskSettings
+from rewards.tasks.programs import CODE, ProgramsTask
 from rewards.tasks.registry import get_task
 from rewards.user_function import FunctionReward, parse_target
 
@@ -23,6 +27,7 @@ START_TIMEOUT_S = 120.0  # a user's module may import a large library
 RESERVED_LABELS = ("missing_eos_penalty",)
 # The field that a kind cannot do without, and that no other kind reads.
 OWN_FIELD = {"regex": "pattern", "function": "function"}
+CODE_FIELDS = ("tests_column", "entry_point", "all_or_nothing", "cpu_seconds", "memory_mib")
 
 
 class CombinedReward:
@@ -116,7 +121,11 @@ def check_rewards(
 
 def required_columns(settings: Sequence[RewardSettings]) -> set[str]:
     """The columns that every data row must have for these rewards to be able to grade it."""
-    return {one.answer_column for one in settings if _needs_answer(one)}
+    columns = {one.answer_column for one in settings if _needs_answer(one)}
+    for one in settings:
+        if one.kind == "code":
+            columns |= {one.tests_column} if one.entry_point else {one.tests_column, ENTRY_COLUMN}
+    return columns
 
 
 def check_row(settings: Sequence[RewardSettings], row: Mapping[str, Any]) -> None:
@@ -126,11 +135,14 @@ def check_row(settings: Sequence[RewardSettings], row: Mapping[str, Any]) -> Non
             answer_number(row, one.answer_column)
         elif _needs_answer(one):
             answer_text(row, one.answer_column)
+        elif one.kind == "code":
+            cases_of(row, one.tests_column)
+            entry_point_of(row, one.entry_point)
 
 
 def uses_child(one: RewardSettings) -> bool:
     """Whether a child process scores completions, one after another, each within the deadline."""
-    return one.kind in ("function", "regex")
+    return one.kind in ("function", "regex", "code")
 
 
 def _needs_answer(one: RewardSettings) -> bool:
@@ -147,8 +159,15 @@ def _check_one(one: RewardSettings, task: TaskSettings | None, directory: Path) 
                 f"reward.{field} = {value!r} of {one.label!r} has no effect with kind = {one.kind!r}; "
                 f'leave it out, or set kind = "{kind}"'
             )
+    if one.kind != "code":
+        _refuse_code_fields(one)
     if one.kind == "regex":
         _has_group(one.pattern)
+    elif one.kind == "code" and one.entry_point and not one.entry_point.isidentifier():
+        raise ValueError(
+            f"reward.entry_point = {one.entry_point!r} of {one.label!r} is no name of a function; "
+            "correct it, or leave it out to take it from each row"
+        )
     elif one.kind == "function":
         parse_target(one.function, directory)
     elif one.kind == "task" and task is None:
@@ -156,6 +175,17 @@ def _check_one(one: RewardSettings, task: TaskSettings | None, directory: Path) 
             f'reward.kind = "task" of {one.label!r} is the gold reward of a generated task, and there is no '
             "[task] table; add one, or choose another kind"
         )
+
+
+def _refuse_code_fields(one: RewardSettings) -> None:
+    """ValueError for a field that only kind = "code" reads."""
+    for field in CODE_FIELDS:
+        value = getattr(one, field)
+        if value != RewardSettings.model_fields[field].default:
+            raise ValueError(
+                f"reward.{field} = {value!r} of {one.label!r} has no effect with kind = {one.kind!r}; "
+                'leave it out, or set kind = "code"'
+            )
 
 
 def _has_group(pattern: str) -> bool:
@@ -183,5 +213,15 @@ def _build_one(
         )
     if one.kind == "function":
         return FunctionReward(one.label, one.function, directory=directory, limits=limits)
+    if one.kind == "code":
+        settings = CodeSettings(one.tests_column, one.entry_point, one.all_or_nothing)
+        memory = one.memory_mib * MIB
+        return CodeReward(one.label, settings, SandboxLimits(limits.timeout_s, one.cpu_seconds, memory))
     assert task is not None
+    return _task_reward(one, task, limits)
+
+
+def _task_reward(one: RewardSettings, task: TaskSettings, limits: ChildLimits) -> Reward:
+    if isinstance(get_task(task.kind), ProgramsTask):  # its gold reward, with one sandbox for all rows
+        return CodeReward(one.label, CODE, SandboxLimits(wall_s=limits.timeout_s))
     return TaskReward(one.label, get_task(task.kind))

@@ -17,7 +17,7 @@ class Settings(BaseModel):
 class TaskSettings(Settings):
     """`[task]`: a generated task with a known gold reward, instead of `[data]` files."""
 
-    kind: Literal["reversal", "countdown"] = Field(description="Which generator makes the rows.")
+    kind: Literal["reversal", "countdown", "programs"] = Field(description="Which generator makes the rows.")
     train_size: int = Field(4096, ge=1, description="Training prompts to generate.")
     heldout_size: int = Field(256, ge=2, description="Held-out prompts, disjoint from the training ones.")
     demonstrations: int = Field(
@@ -26,12 +26,19 @@ class TaskSettings(Settings):
     corruption: float = Field(
         0.3, ge=0, le=1, description="Fraction of demonstrations made wrong on purpose."
     )
-    length: int = Field(8, ge=2, le=64, description="reversal: letters to reverse; countdown: ignored.")
+    length: int = Field(8, ge=2, le=64, description="reversal: letters to reverse; others: ignored.")
     numbers: int = Field(
-        3, ge=2, le=6, description="countdown: how many numbers are given; reversal: ignored."
+        3,
+        ge=2,
+        le=6,
+        description="countdown: how many numbers are given; programs: most steps of one; reversal: ignored.",
     )
     largest: int = Field(
-        9, ge=4, le=99, description="countdown: numbers are drawn from 1 to this; reversal: ignored."
+        9,
+        ge=4,
+        le=99,
+        description="countdown: numbers are drawn from 1 to this; programs: so are constants; "
+        "reversal: ignored.",
     )
     seed: int = Field(0, ge=0, description="Seed of the generator; the same seed gives the same rows.")
 
@@ -39,9 +46,10 @@ class TaskSettings(Settings):
 class RewardSettings(Settings):
     """One `[[reward]]` table; the reward of a completion is the weighted sum over all of them."""
 
-    kind: Literal["exact", "numeric", "regex", "function", "task"] = Field(
+    kind: Literal["exact", "numeric", "regex", "function", "task", "code"] = Field(
         description="exact: equals the answer; numeric: last number equals the answer within `tolerance`; "
-        "regex: `pattern` is found; function: your own Python; task: gold reward of the `[task]`."
+        "regex: `pattern` is found; function: your own Python; task: gold reward of the `[task]`; "
+        "code: the share of the row's tests that the completion's Python passes in a sandbox."
     )
     name: str = Field("", description="Name of its metric, `reward/NAME`; the kind when empty.")
     weight: float = Field(1.0, description="Weight in the sum.")
@@ -54,6 +62,18 @@ class RewardSettings(Settings):
         1e-6, ge=0, description="numeric: largest absolute difference that counts as equal."
     )
     ignore_case: bool = Field(False, description="exact: compare without regard to case.")
+    tests_column: str = Field(
+        "tests",
+        description='code: the column with the tests, a list of `{"input": [arguments], "output": value}`.',
+    )
+    entry_point: str = Field(
+        "", description="code: the function that the tests call; when empty, the row's column `entry_point`."
+    )
+    all_or_nothing: bool = Field(False, description="code: 1 only if every test passes, else 0.")
+    cpu_seconds: int = Field(2, ge=1, description="code: processor time of one program.")
+    memory_mib: int = Field(
+        256, ge=64, description="code: address space of one program; the interpreter takes about 40 of it."
+    )
 
     @property
     def label(self) -> str:

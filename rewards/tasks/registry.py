@@ -2,9 +2,14 @@
 
 from rewards.tasks.base import Task
 from rewards.tasks.countdown import CountdownTask
+from rewards.tasks.programs import ProgramsTask
 from rewards.tasks.reversal import ReversalTask
 
-TASKS: dict[str, Task] = {"countdown": CountdownTask(), "reversal": ReversalTask()}
+TASKS: dict[str, Task] = {
+    "countdown": CountdownTask(),
+    "programs": ProgramsTask(),
+    "reversal": ReversalTask(),
+}
 
 
 def get_task(kind: str) -> Task:

@@ -25,7 +25,7 @@ def settings(kind, **changes):
     return TaskSettings(kind=kind, **{**small, **changes})
 
 
-# --- Both tasks ------------------------------------------------------------------------------------------
+# --- All tasks -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TASKS)
