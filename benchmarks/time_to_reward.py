@@ -140,7 +140,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for workload in WORKLOADS:
         mine = [run for run in runs if run["workload"] == workload]
-        speedups: dict[str, list[float]] = {}
+        speedups: dict[str, dict[str, float]] = {}
         missed: dict[str, int] = {}
         for seed in sorted({run["seed"] for run in mine}):
             by_mode = {run["mode"]: run for run in mine if run["seed"] == seed}
@@ -155,11 +155,11 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 if reached is None or base is None:
                     missed[mode] = missed.get(mode, 0) + 1
                 else:
-                    speedups.setdefault(mode, []).append(base / reached)
+                    speedups.setdefault(mode, {})[str(seed)] = base / reached
         table[workload] = {
             mode: {
-                "speedup_median": median(values),
-                "speedup_mean_ci95": _interval(values),
+                "speedup_median": median(values.values()),
+                "speedup_mean_ci95": _interval([*values.values()]),
                 "seeds": len(values),
                 "target_missed": missed.get(mode, 0),
                 "speedups": values,
@@ -181,10 +181,10 @@ def against_best(modes: dict[str, Any]) -> dict[str, Any] | None:
     if "adaptive" not in modes or not fixed:
         return None
     best = max(fixed, key=lambda mode: fixed[mode]["speedup_median"])
-    pairs = zip(fixed[best]["speedups"], modes["adaptive"]["speedups"], strict=False)
+    theirs, mine = fixed[best]["speedups"], modes["adaptive"]["speedups"]
     return {
         "best_fixed": best,
-        "time_ratio_median": median(one / adaptive for one, adaptive in pairs),
+        "time_ratio_median": median(theirs[seed] / mine[seed] for seed in theirs if seed in mine),
         "step_ratio": modes["adaptive"]["step_s"] / fixed[best]["step_s"],
     }
 
