@@ -14,8 +14,10 @@ from cluster import checkpoint
 from cluster.config import JobConfig
 from cluster.config_file import ConfigError
 from cluster.monitor import Monitor
+from cluster.monitor_settings import AlertKind
 from cluster.placement import ray_session
 from cluster.prepare import Prepared, prepare
+from cluster.redact import scrub
 from cluster.report import write_report
 from cluster.run_folder import RunFolder
 from cluster.training import EVALUATION_AFTER, TrainingRun
@@ -72,6 +74,7 @@ def _run_and_report(
         summary = job.summary() | outcome | {"wall_s": time.perf_counter() - started}
         monitor.summary(summary)
         report = write_report(run_dir)
+        monitor.report(report)
         monitor.event(f"{summary['status']}: report in {report}, checkpoints in {run_dir / 'checkpoints'}")
         monitor.close(0 if summary["status"] == "completed" else 1)
     return summary
@@ -92,7 +95,7 @@ def _announce(monitor: Monitor, prepared: Prepared, resume_from: tuple[Path, lis
         folder, problems = resume_from
         for problem in problems:
             monitor.event(f"warning: checkpoint {problem}; an older one is used")
-        monitor.event(f"resuming from {folder.name}")
+        monitor.alert("restart", f"resuming from {folder.name}")
 
 
 def _run_and_catch(job: TrainingRun, monitor: Monitor) -> dict[str, Any]:
@@ -101,14 +104,18 @@ def _run_and_catch(job: TrainingRun, monitor: Monitor) -> dict[str, Any]:
         with ray_session(job.config, job.run_dir) as cuda:
             stopped = asyncio.run(job.run(monitor, cuda=cuda))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        monitor.event(f"interrupted at step {job.step}, without waiting for it")
+        monitor.alert("stop", f"interrupted at step {job.step}, without waiting for it")
         return {"status": "interrupted", "error": None}
     except Exception as error:  # noqa: BLE001 - the one place where a run's failure is reported
         cause = first_cause(error)
-        monitor.event(f"failed: {type(cause).__name__}: {cause}")
+        said = scrub(f"{type(cause).__name__}: {cause}")
+        kind: AlertKind = "sync" if "SyncRefused" in said else "failure"
+        monitor.alert(kind, f"failed: {said}")
         details = "".join(traceback.format_exception(cause))
-        (job.run_dir / "error.txt").write_text(details, encoding="utf-8")
-        return {"status": "failed", "error": f"{type(cause).__name__}: {cause}"}
+        (job.run_dir / "error.txt").write_text(scrub(details), encoding="utf-8")
+        return {"status": "failed", "error": said}
+    if stopped:
+        monitor.alert("stop", f"stopped as asked, after step {job.step}")
     return {"status": "interrupted" if stopped else "completed", "error": None}
 
 

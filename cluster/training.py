@@ -7,18 +7,20 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from actors.records import RewardFailure
-from actors.shipping import ShippedFolder, ship
 from cluster import checkpoint
 from cluster.accounts import Totals
 from cluster.adaptation import Adaptation
 from cluster.adaptive import Decision
 from cluster.config import JobConfig
 from cluster.controller import Controller, Hooks, StepReport
+from cluster.crew import Crew, shipped
 from cluster.evaluation import Evaluation, evaluate
+from cluster.host_watch import HostWatch
 from cluster.learner_group import LearnerGroup, probe_sequences
 from cluster.monitor import Monitor, write_atomically
 from cluster.placement import learner_job
@@ -31,7 +33,6 @@ from cluster.sampling import Sampling
 from cluster.scheduler import Scheduler
 from cluster.scoring_pool import ScoringPool
 from cluster.summary import run_summary
-from cluster.workers import WorkerFactory, stop_all
 
 _WARMUP_SLICE = 10  # updates between two lines of progress
 _EVALUATION_BEFORE = "evaluation_before.json"
@@ -65,6 +66,7 @@ class TrainingRun:
         self._run_id = f"{config.run.name[:40]}-{uuid.uuid4().hex[:8]}"
         self._cuda = False
         self._recruiter: Recruiter | None = None
+        self._hosts: HostWatch | None = None
 
     @property
     def first_step(self) -> int:
@@ -80,45 +82,25 @@ class TrainingRun:
         """Run to the end; true if a stop was asked for on the way."""
         self._monitor = monitor
         config, self._cuda = self.config, cuda
-        workers = self._workers = WorkerFactory(
+        crew = await Crew.gather(
             config,
             learner_job(config, self._prepared),
-            reference_path=self._reference_path(),
+            self._reference_path(),
             cuda=cuda,
             step=self.first_step,
+            on_event=partial(monitor.alert, "restart"),
         )
-        await asyncio.to_thread(workers.reserve)
-        places = config.rollout.actors
-        recruiter = self._recruiter = Recruiter(
-            create=workers.rollout,
-            has_room=workers.has_room,
-            on_event=monitor.event,
-            places=places,
-            most_places=max(places, config.rollout.max_actors),
-        )
-        shipped = await asyncio.to_thread(self._ship, self._prepared.model_path)
-        learners = [workers.learner(rank) for rank in range(config.learner.ranks)]
-        rollouts = RolloutPool(
-            [workers.rollout(place) for place in range(places)],
-            config.rollout,
-            config.sync,
-            on_loss=recruiter.on_loss if workers.replaces else None,
-            model=shipped,
-        )
-        scoring = ScoringPool(
-            [workers.scorer(place) for place in range(config.scoring.actors)],
-            config.scoring,
-            create=workers.scorer,
-            on_event=monitor.event,
-        )
-        learner = LearnerGroup(learners, config.learner)
+        self._recruiter = crew.recruiter
+        learner, rollouts, scoring = crew.learner, crew.rollouts, crew.scoring
         try:
             with self._stop_on_signals():
-                await self._start(learner, rollouts, scoring, shipped)
+                await self._start(crew)
                 controller = self._controller = self._make_controller(learner, rollouts, scoring)
-                async with _serving(
-                    rollouts.watch(), scoring.run(), recruiter.run(rollouts, controller.pump)
-                ):
+                services = [rollouts.watch(), scoring.run(), crew.recruiter.run(rollouts, controller.pump)]
+                if config.monitor.hosts_every_s:
+                    self._hosts = HostWatch(config.monitor.hosts_every_s, crew.everyone, monitor.event)
+                    services.append(self._hosts.run())
+                async with _serving(*services):
                     await controller.load_everywhere(await learner.publish(controller.step))
                     await self._evaluate_before(rollouts, scoring)
                     await self._train(controller, rollouts)
@@ -126,8 +108,7 @@ class TrainingRun:
                         await self._evaluate_after(rollouts, scoring)
         finally:
             self._write_last_row()
-            await stop_all([*(actor.remote for actor in rollouts.actors), *scoring.remotes, *learners])
-            workers.release()
+            await crew.dismiss()
         return controller.stopping
 
     # ---- before training -----------------------------------------------------------------------------------
@@ -138,33 +119,23 @@ class TrainingRun:
             return self._prepared.reference_path
         return self.run_dir.resolve() / "reference" if self.config.warmup.steps else self._prepared.model_path
 
-    def _ship(self, folder: Path | None) -> ShippedFolder | None:
-        """A model for hosts that have it not; None where all actors run on this one."""
-        return ship(folder) if folder is not None and self.config.cluster.address else None
-
-    async def _start(
-        self,
-        learner: LearnerGroup,
-        rollouts: RolloutPool,
-        scoring: ScoringPool,
-        model: ShippedFolder | None,
-    ) -> None:
+    async def _start(self, crew: Crew) -> None:
         """Engines start beside the learner and its warm-up; scoring needs the reference that this leaves."""
+        prepared, config, learner = self._prepared, self.config, crew.learner
         self._monitor.event("starting the learner, the rollout engines and scoring")
         async with asyncio.TaskGroup() as tasks:
-            engines = tasks.create_task(rollouts.start())
-            if model is not None:
-                critic = await asyncio.to_thread(self._ship, self._prepared.critic_path)
-                await learner.use_models(model, critic, self.run_dir.resolve() / CONFIG)
+            engines = tasks.create_task(crew.rollouts.start())
+            if crew.model is not None:
+                critic = await asyncio.to_thread(shipped, config, prepared.critic_path)
+                await learner.use_models(crew.model, critic, self.run_dir.resolve() / CONFIG)
             await learner.start()
             await self._warm_up(learner)
-            reference = await asyncio.to_thread(self._ship, self._reference_path())
-            tasks.create_task(scoring.start(self.config.rollout.start_timeout_s, reference))
+            reference = await asyncio.to_thread(shipped, config, self._reference_path())
+            tasks.create_task(crew.scoring.start(config.rollout.start_timeout_s, reference))
         if self._resume_from is not None:
             await learner.restore(self._resume_from.resolve())
-        prepared, config = self._prepared, self.config
         await learner.open_publisher(
-            [actor.remote for actor in rollouts.actors],
+            [actor.remote for actor in crew.rollouts.actors],
             config.rollout,
             config.sync,
             run_id=self._run_id,
@@ -173,7 +144,7 @@ class TrainingRun:
             ),
             cuda=self._cuda,
             actor_hosts=[facts.host_id for facts in engines.result()],
-            colocated=self._workers.colocated,
+            colocated=crew.factory.colocated,
             elastic=bool(config.cluster.address),
         )
 
@@ -246,7 +217,11 @@ class TrainingRun:
             await self._on_checkpoint(controller.step)
 
     def _on_step(self, report: StepReport) -> None:
-        row = report.row | {"learner_step": float(report.step)}
+        hosts = self._hosts.row() if self._hosts is not None else {}
+        row = report.row | hosts | {"learner_step": float(report.step)}
+        if self._controller is not None:
+            totals = self._controller.totals
+            self._monitor.reward_errors(totals.groups_dropped, totals.groups_dropped + totals.groups_trained)
         if report.step == self.config.run.steps:
             self._last_row = row  # it waits for the held-out reward
         else:

@@ -23,6 +23,7 @@ HARMLESS = ("TOKENIZERS_PARALLELISM",)  # named like a secret, and none
 # Numerical libraries reserve address space for every thread, which the memory limit counts.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 MAX_REPLY_BYTES = 1 << 20
+_SHORTEST_SECRET = 8  # shorter values would be found in ordinary words
 WATCH_INTERVAL_S = 0.1  # a grandchild may hold the pipe open after the child's death, so look at both
 
 
@@ -89,7 +90,7 @@ class ChildProcess:
         reply = self._exchange(self._setup, self._start_timeout_s, "load")
         if "error" in reply:
             self.close()
-            raise ChildError(reply["error"])
+            raise ChildError(self._without_secrets(reply["error"]))
 
     def call(self, arguments: list[Any], timeout_s: float) -> Any:
         """The child's result for JSON-able `arguments`, within `timeout_s`."""
@@ -105,8 +106,15 @@ class ChildProcess:
                 "its process answered out of turn (does the function write to file descriptors?)"
             )
         if "error" in reply:
-            raise ChildError(reply["error"])
+            raise ChildError(self._without_secrets(reply["error"]))
         return reply["result"]
+
+    def _without_secrets(self, text: str) -> str:
+        """The text without the values of the variables that were passed on."""
+        for value in (os.environ.get(name, "") for name in self._environment):
+            if len(value) >= _SHORTEST_SECRET:
+                text = text.replace(value, "[redacted]")
+        return text
 
     def close(self) -> None:
         """Kill the child and everything it started; safe to call twice."""
