@@ -1,6 +1,6 @@
 # make demo  : set up, then the main job on a tiny model (about 5 minutes on 2 cores)
 # make test  : set up, then the whole test suite
-# make check : set up, then formatter, linter, strict types and import contracts
+# make check : set up, then formatter, linter, strict types, import contracts and audit of dependencies
 SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 UNUSED := /transformers/models/(?!__init__|auto|llama|qwen2|qwen3|gpt2|gemma)|/tests?/|/torch/testing/|/ray/rllib/|/pip/|/anthropic/types/|/openai/types/|/google/
 PYTEST_ARGS ?=
 
-.PHONY: demo test check format lock setup clean
+.PHONY: demo test check audit format lock setup clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,11 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python .ci/audit.py
+
+# The same audit, and known vulnerabilities where pip's index tells of them.
+audit: $(STAMP)
+	$(BIN)/python .ci/audit.py --vulnerabilities
 
 format: $(STAMP)
 	$(BIN)/ruff format .

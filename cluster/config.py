@@ -262,8 +262,8 @@ class JobConfig(Settings):
             "scoring.timeout_s",
             self.scoring.timeout_s,
             f"is less than scoring.reward_timeout_s = {each:g} for each of rollout.group_size = {group} "
-            f"completions and {children} function or regex reward(s); set it to {needed:g} or more, or lower "
-            "scoring.reward_timeout_s",
+            f"completions and {children} function, regex or code reward(s); set it to {needed:g} or more, "
+            "or lower scoring.reward_timeout_s",
         )
 
 

@@ -154,13 +154,18 @@ class HostWatch:
 
 
 def labels_of(nodes: Iterable[Node]) -> dict[str, str]:
-    """A label for each node, by id: its name, with its address where others are called the same."""
+    """A label for each node, by id: its name; where that is not unique its address, and then its id."""
     nodes = list(nodes)
     names = Counter(host_label(node.name) for node in nodes)
-    return {
-        node.node_id: host_label(node.name, node.address if names[host_label(node.name)] > 1 else "")
-        for node in nodes
-    }
+    addresses = Counter(host_label(node.name, node.address) for node in nodes)
+
+    def label(node: Node) -> str:
+        if names[host_label(node.name)] == 1:
+            return host_label(node.name)
+        longer = host_label(node.name, node.address)
+        return longer if addresses[longer] == 1 else f"{longer}-{node.node_id[:6]}"
+
+    return {node.node_id: label(node) for node in nodes}
 
 
 def ray_nodes() -> list[Node]:

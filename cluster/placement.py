@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import ray
+from ray._private import ray_constants
 
 from cluster.config import JobConfig
 from cluster.prepare import Prepared
@@ -97,20 +98,14 @@ def ray_session(config: JobConfig, run_dir: Path) -> Iterator[bool]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.cluster.address
     if address:
+        if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+            raise PlacementError(
+                f"RAY_AUTH_MODE = {os.environ['RAY_AUTH_MODE']}: whoever reaches such a cluster can run "
+                "programs on it. Start it, and this job, with RAY_AUTH_MODE=token (docs/cluster.md)"
+            )
         ray.init(address=address, namespace="headrace", log_to_driver=False, logging_level=logging.ERROR)
     else:
-        # A private Ray may promise more cores than there are: the actors then share them.
-        asked = needed_resources(config, gpus=0).cores
-        ray.init(
-            address="local",
-            _node_ip_address="127.0.0.1",  # Ray's own ports stay on loopback
-            num_cpus=max(os.cpu_count() or 1, math.ceil(asked)),
-            object_store_memory=int(config.cluster.object_store_gib * _GIB),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="headrace",
-        )
+        _start_private_ray(config)
     try:
         _link_logs(run_dir)
         cuda = _use_cuda(config)
@@ -120,6 +115,49 @@ def ray_session(config: JobConfig, run_dir: Path) -> Iterator[bool]:
         yield cuda
     finally:
         ray.shutdown()
+
+
+def _start_private_ray(config: JobConfig) -> None:
+    """A Ray of this job's own, which nobody on another machine, or of another user, can reach."""
+    # A private Ray may promise more cores than there are: the actors then share them.
+    asked = needed_resources(config, gpus=0).cores
+    with _loopback_only(), _private_files():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(asked)),
+            object_store_memory=int(config.cluster.object_store_gib * _GIB),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="headrace",
+        )
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Within it Ray starts on 127.0.0.1, as it does on systems where it knows no clusters.
+
+    Its own parameter for that, `_node_ip_address`, replaces a loopback address by a reachable one.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """Within it new files are this user's alone, Ray's token too, which Ray leaves readable for all."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if token.is_file() and token.stat().st_uid == os.getuid() and token.stat().st_mode & 0o077:
+        token.chmod(0o600)
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def learner_job(config: JobConfig, prepared: Prepared) -> LearnerJob:

@@ -16,7 +16,7 @@ from rich.table import Table
 from cluster.calibrate import Calibration
 from cluster.config import JobConfig
 from cluster.monitor import dump, write_atomically
-from cluster.plan_memory import FORMULA, Memory, estimate
+from cluster.plan_memory import FORMULA, Memory, Sizes, derive_sizes, estimate
 from cluster.plan_model import Workload, dump_workload
 from cluster.sim_results import Plant, SimResult, Steady, plant_of
 from cluster.simulate import Simulation
@@ -249,6 +249,26 @@ def show(plan: Plan) -> None:
         f"    --set rollout.actors={chosen.actors} --set scheduler.window={chosen.window} "
         f"--set scheduler.publish_every={chosen.publish_every}\n"
     )
+    sys.stdout.write(f"sizes: {describe_sizes(sizes_of(plan))}\n")
+
+
+def sizes_of(plan: Plan) -> Sizes | None:
+    """Sizes of the recommended option's parts."""
+    config, window = plan.request.config, plan.chosen.window
+    widest = config.scheduler.max_window if window == "adaptive" else window
+    return derive_sizes(config, plan.request.workload, window=widest)
+
+
+def describe_sizes(sizes: Sizes | None) -> str:
+    """For people, on one line."""
+    if sizes is None:
+        return "not known without the model's size; give size.parameters in --model, or a model's folder"
+    return (
+        f"{sizes.parameters:.4g} parameters, a copy of the weights {sizes.weights:.3g} GiB; "
+        f"a learner rank: weights {sizes.rank_weights:.3g}, gradients {sizes.rank_gradients:.3g}, "
+        f"Adam {sizes.rank_optimizer:.3g} GiB; a rollout actor: weights {sizes.weights:.3g}, "
+        f"key-value cache {sizes.kv_cache:.3g} GiB; object store {sizes.object_store:.3g} GiB"
+    )
 
 
 def write(plan: Plan, folder: Path) -> list[Path]:
@@ -277,6 +297,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "notes": list(request.notes),
         "memory_formula": FORMULA,
+        "sizes_gib": None if (sizes := sizes_of(plan)) is None else dataclasses.asdict(sizes),
         "options": [_option_json(option) for option in [*plan.options, *plan.intervals[1:]]],
         "recommended": _option_json(plan.chosen),
         "reason": plan.reason,

@@ -44,32 +44,65 @@ class Memory:
         return self.learner + self.rollout + self.scoring + self.shared + self.object_store
 
 
-def estimate(config: JobConfig, workload: Workload, *, actors: int, window: int) -> Memory | None:
-    """Memory of a job with so many actors and such a window; None where the model's size is not known."""
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """GiB of each part: of one learner rank, one rollout actor, and what all share."""
+
+    parameters: float  # a count, not GiB
+    weights: float  # one whole copy: an actor's, the reference's, the published one
+    rank_weights: float
+    rank_gradients: float
+    rank_optimizer: float
+    kv_cache: float
+    object_store: float
+
+    @property
+    def rank(self) -> float:
+        """Of one learner rank."""
+        return self.rank_weights + self.rank_gradients + self.rank_optimizer
+
+
+def derive_sizes(config: JobConfig, workload: Workload, *, window: int) -> Sizes | None:
+    """The parts of which a job's memory is made up; None where the model's size is not known."""
     count = workload.size.parameters
     if not count:
         return None
     learner, rollout = config.learner, config.rollout
     width = _WIDTH[learner.precision]
-    weights = count * width
-    split = [learner.ranks if learner.zero_stage >= stage else 1 for stage in (3, 2, 1)]
-    adam = count * (8 if width == 4 else 12)
+    weights = count * width / _GIB
+    weight_split, gradient_split, adam_split = (
+        learner.ranks if learner.zero_stage >= stage else 1 for stage in (3, 2, 1)
+    )
+    adam = count * (8 if width == 4 else 12) / _GIB
     models = 2 if config.ppo.value_model == "critic" else 1
-    rank = models * (weights / split[0] + weights / split[1] + adam / split[2])
     prompt = workload.generation.prompt_tokens
     per_token = workload.size.kv_values_per_token * width
-    cache = min(
-        rollout.max_num_seqs * (prompt + rollout.max_new_tokens) * per_token, rollout.kv_cache_gib * _GIB
-    )
+    cache = rollout.max_num_seqs * (prompt + rollout.max_new_tokens) * per_token / _GIB
     median = float(workload.lengths.at(np.array([0.5]))[0])
     tokens = rollout.group_size * (prompt + min(median, rollout.max_new_tokens))
     groups = (window + 2) * config.groups_per_step
-    return Memory(
-        learner=learner.ranks * rank / _GIB,
-        rollout=actors * (weights + cache) / _GIB,
-        scoring=config.scoring.actors * weights / _GIB,
-        shared=weights / _GIB,
+    return Sizes(
+        parameters=count,
+        weights=weights,
+        rank_weights=models * weights / weight_split,
+        rank_gradients=models * weights / gradient_split,
+        rank_optimizer=models * adam / adam_split,
+        kv_cache=min(cache, rollout.kv_cache_gib),
         object_store=groups * tokens * _BYTES_PER_TOKEN / _GIB,
+    )
+
+
+def estimate(config: JobConfig, workload: Workload, *, actors: int, window: int) -> Memory | None:
+    """Memory of a job with so many actors and such a window; None where the model's size is not known."""
+    sizes = derive_sizes(config, workload, window=window)
+    if sizes is None:
+        return None
+    return Memory(
+        learner=config.learner.ranks * sizes.rank,
+        rollout=actors * (sizes.weights + sizes.kv_cache),
+        scoring=config.scoring.actors * sizes.weights,
+        shared=sizes.weights,
+        object_store=sizes.object_store,
     )
 
 

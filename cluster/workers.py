@@ -8,7 +8,7 @@ takes its bundle, which Ray moves to another host if the old one is gone.
 import asyncio
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import ray
 from ray.exceptions import GetTimeoutError
@@ -47,6 +47,8 @@ class WorkerFactory:
         self._sync = config.sync.model_copy(update={"backend": sync_backend(config, gpus)})
         self._device = "cuda" if cuda else "cpu"
         self._share = SHARED_GPU if self.colocated else 1.0
+        # As the cluster is now: when the last host of a role is lost, its actors wait for another such host.
+        self._roles = {role: role_resource(role) for role in get_args(Role)}
         self._groups: dict[Role, PlacementGroup] = {}
         self._made: Counter[tuple[Role, int]] = Counter()
 
@@ -109,7 +111,7 @@ class WorkerFactory:
             "rollout": self._share * config.rollout.tensor_parallel,
             "scoring": config.scoring.gpus,
         }[role]
-        asked = {"CPU": cores, "GPU": float(gpus) if cuda else 0.0, **role_resource(role)}
+        asked = {"CPU": cores, "GPU": float(gpus) if cuda else 0.0, **self._roles[role]}
         return {name: amount for name, amount in asked.items() if amount}
 
     def _options(self, role: Role, place: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ What differs from DeepSpeed's own conventions:
 import contextlib
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -55,18 +56,39 @@ def start_process_group(
         LOCAL_RANK="0",  # a Ray actor sees its own GPU only
     )
     deepspeed = _deepspeed()
+    limit = timedelta(seconds=timeout_s)
+    backend = "gloo" if device == "cpu" else "nccl"
+    store = _store(rank, world_size, address, port, limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     with _quiet():
         # Its shared-memory collectives would be compiled here, for a minute; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
-            dist_backend="gloo" if device == "cpu" else "nccl",
+            dist_backend=backend,
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=timedelta(seconds=timeout_s),
-            init_method=f"tcp://{address}:{port}",
+            timeout=limit,
             rank=rank,
             world_size=world_size,
         )
+
+
+def _store(rank: int, world_size: int, address: str, port: int, timeout: timedelta) -> Any:
+    """Where the ranks meet. Rank 0 listens at `address` alone; left to itself it would at all addresses."""
+    listener = -1
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family) as bound:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind((address, port))
+            bound.listen()
+            listener = bound.detach()  # the store closes it
+    from torch.distributed import distributed_c10d
+
+    store: Any = distributed_c10d.TCPStore  # type: ignore[attr-defined]
+    return store(
+        address, port, world_size, rank == 0, timeout=timeout, master_listen_fd=None if rank else listener
+    )
 
 
 def all_reduce(values: Tensor, *, maximum: bool = False) -> Tensor:

@@ -64,6 +64,26 @@ def save_chat_model(folder: Path) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
+def test_programs_in_short(tmp_path: Path) -> None:
+    summary = run_example(
+        "programs",
+        tmp_path / "run",
+        **{
+            "run.steps": 2,
+            "run.batch_size": 32,
+            "run.evaluate_prompts": 16,
+            "warmup.steps": 5,
+            "task.train_size": 256,
+            "task.heldout_size": 16,
+            "task.demonstrations": 256,
+        },
+    )
+    assert summary["status"] == "completed"
+    assert summary["groups_dropped"] == 0
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"reward/tests", "reward/tests/all_passed", "reward/tests/wrote_own_answers"} <= row.keys()
+
+
 def test_pretrained_on_a_local_folder(tmp_path: Path) -> None:
     save_chat_model(tmp_path / "model")
     summary = run_example(

@@ -68,7 +68,11 @@ def test_a_process_that_is_gone_has_no_metrics(family: int) -> None:
     parent = psutil.Process(family)
     for child in parent.children():
         child.kill()
-    parent.kill()  # a zombie from now on: its parent, this test, has not asked for its end
+    parent.kill()
+    deadline = time.monotonic() + 10
+    while parent.status() != psutil.STATUS_ZOMBIE:  # its parent, this test, has not asked for its end
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     row = sampler.sample({"a": family, "b": os.getpid()})
     assert not [name for name in row if name.startswith("actor/a/")]
     assert "actor/b/cores" in row
@@ -278,24 +282,22 @@ def test_where_this_process_is_without_ray() -> None:
 # --- with a real Ray of two hosts ------------------------------------------------------------------------
 
 
-class Quiet:
-    """An actor with ordinary methods, as the learner is."""
-
-    def wait(self, seconds: float) -> None:
-        time.sleep(seconds)
-
-
-class Busy:
-    """An actor with asynchronous methods, as a rollout actor is."""
-
-    async def wait(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-
 @pytest.mark.integration
 def test_actors_on_two_hosts_are_found_also_while_one_is_in_a_call() -> None:
     import ray
     from ray.cluster_utils import Cluster
+
+    class Quiet:
+        """An actor with ordinary methods, as the learner is."""
+
+        def wait(self, seconds: float) -> None:
+            time.sleep(seconds)
+
+    class Busy:
+        """An actor with asynchronous methods, as a rollout actor is."""
+
+        async def wait(self, seconds: float) -> None:
+            await asyncio.sleep(seconds)
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:

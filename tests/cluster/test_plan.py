@@ -13,8 +13,8 @@ from cluster.calibrate import calibrate, measure, overlap, simulate_as, within_g
 from cluster.cli import main
 from cluster.config import JobConfig
 from cluster.config_file import dump_config, parse_config
-from cluster.plan import Option, Request, choose, make_plan
-from cluster.plan_memory import estimate, model_size
+from cluster.plan import Option, Request, choose, describe_sizes, make_plan
+from cluster.plan_memory import derive_sizes, estimate, model_size
 from cluster.plan_model import Workload, dump_workload, load_workload
 from cluster.sim_results import SimResult, Steady, plant_of
 from cluster.simulate import Simulation
@@ -225,6 +225,21 @@ def test_memory_follows_the_stated_formula() -> None:
     # (S + 2) · P = 64 groups of 4 · (12 + 60) tokens of 32 bytes.
     assert found.object_store == pytest.approx(64 * 288 * 32 / gib)
     assert estimate(config, TRUTH, actors=3, window=2) is None
+
+
+def test_sizes_are_told_by_part() -> None:
+    gib = 1024**3
+    workload = TRUTH.changed("size", parameters=1e9, kv_values_per_token=1000.0)
+    config = job("learner.ranks=2", "learner.zero_stage=1", "rollout.kv_cache_gib=1.0")
+    sizes = derive_sizes(config, workload, window=2)
+    assert sizes is not None
+    # float32: weights and gradients 4e9 on each rank, of Adam's 8e9 half; the cache is held to its limit.
+    assert sizes.weights == pytest.approx(4e9 / gib)
+    assert (sizes.rank_weights, sizes.rank_gradients) == (pytest.approx(4e9 / gib), pytest.approx(4e9 / gib))
+    assert sizes.rank_optimizer == pytest.approx(4e9 / gib)
+    assert sizes.kv_cache == 1.0
+    assert "1e+09 parameters, a copy of the weights 3.73 GiB" in describe_sizes(sizes)
+    assert "size.parameters" in describe_sizes(derive_sizes(config, TRUTH, window=2))
 
 
 def test_the_size_of_a_model_is_read_from_its_folder(tmp_path: Path) -> None:

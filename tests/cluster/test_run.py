@@ -97,6 +97,19 @@ class Run:
             self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
             time.sleep(0.2)
 
+    def listening(self) -> set[str]:
+        """Addresses at which processes of the run accept connections, from this host or from others."""
+        processes = {self.process.pid} | {
+            child.pid for child in psutil.Process(self.process.pid).children(recursive=True)
+        }
+        found = {
+            connection.laddr.ip
+            for connection in psutil.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN and connection.pid in processes
+        }
+        assert found, "a Ray that listens nowhere is none"
+        return found
+
     def child(self, name: str) -> psutil.Process:
         """The living process of the run that has this name in its command line."""
         found: list[psutil.Process] = []
@@ -318,6 +331,7 @@ def test_a_killed_learner_ends_the_run_and_is_named(start: Callable[..., Run]) -
 def test_killed_rollout_engine_and_scoring_processes_have_successors(start: Callable[..., Run]) -> None:
     run = start(SMALL, "--set", "run.steps=500", "--set", "run.checkpoint_every=0")
     run.wait_for(lambda: len(run.rows()) >= 3)
+    assert {address.split("%")[0] for address in run.listening()} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     for lost, victim in enumerate(("RolloutWorker", "EngineCore", "ScoringWorker"), start=1):
         run.child(victim).kill()
         run.wait_for(lambda lost=lost: run.rows()[-1].get("actors/lost") == lost)
