@@ -83,10 +83,7 @@ def _store(rank: int, world_size: int, address: str, port: int, timeout: timedel
             bound.bind((address, port))
             bound.listen()
             listener = bound.detach()  # the store closes it
-    from torch.distributed import distributed_c10d
-
-    store: Any = distributed_c10d.TCPStore  # type: ignore[attr-defined]
-    return store(
+    return dist.TCPStore(  # type: ignore[attr-defined]
         address, port, world_size, rank == 0, timeout=timeout, master_listen_fd=None if rank else listener
     )
 
