@@ -191,6 +191,10 @@ class Hosts:
         (folder / "tmp").chmod(0o1777)
         # A login shell finds python and ray as on any machine where they are installed.
         (folder / "home" / ".bashrc").write_text(f"export PATH={shlex.quote(str(_binaries()))}:$PATH\n")
+        # Names are looked up in a file, as there is no name server that a query could wait for.
+        names = [f"{plan.address(n)} {plan.name}{n}\n" for n in range(1, plan.count + 1)]
+        (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(names))
+        (folder / "resolv.conf").write_text("")
         shutil.copy(plan.key.with_suffix(".pub"), folder / "home" / ".ssh" / "authorized_keys")
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "host_key")
         (folder / "sshd_config").write_text(_sshd_config(plan.address(index)))
@@ -216,6 +220,8 @@ class Hosts:
             f"mount --bind /run/host/home {shlex.quote(str(home))}",
             "mount -t tmpfs -o mode=1777 shm /dev/shm",
             *back,
+            "mount --bind /run/host/hosts /etc/hosts",
+            "mount --bind /run/host/resolv.conf /etc/resolv.conf",
             'hostname "$1"',
             f"exec {_which('sshd')} -D -e -f /run/host/sshd_config 2>>/run/host/sshd.log",
         ]
