@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from audit_finding import Finding
+from audit_finding import Finding, distributions
 from audit_index import Index, vulnerabilities
 from audit_licences import licences
 from packaging.requirements import Requirement
@@ -59,7 +59,7 @@ def read_pins(text: str) -> tuple[dict[str, str], list[Finding]]:
 def installed_versions() -> dict[str, list[str]]:
     """Versions of every distribution on this environment's path."""
     found: dict[str, list[str]] = {}
-    for one in metadata.distributions():
+    for one in distributions():
         name = one.metadata["Name"]
         if name:
             found.setdefault(canonicalize_name(name), []).append(one.version)
@@ -118,7 +118,7 @@ def requirements_of(name: str) -> Sequence[str]:
 
 def owners() -> Iterator[Finding]:
     """No other distribution has files in packages of our names, and no folder on the path another of them."""
-    for one in metadata.distributions():
+    for one in distributions():
         name = canonicalize_name(one.metadata["Name"] or "")
         if name == OURS:
             continue

@@ -4,7 +4,7 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-from audit_finding import Finding
+from audit_finding import Finding, distributions
 from packaging.utils import canonicalize_name
 
 # What may not come in, what may with a note, and what may: looked for in SPDX terms and in free text alike.
@@ -87,7 +87,7 @@ def licences() -> tuple[dict[str, tuple[str, str]], list[Finding]]:
     """(licence, kind) by name, and those that need a person."""
     table: dict[str, tuple[str, str]] = {}
     findings = []
-    for one in metadata.distributions():
+    for one in distributions():
         name = canonicalize_name(one.metadata["Name"] or "")
         licence = licence_of(one)
         kind = "noted" if name in NOTED else kind_of(licence) if licence else "unknown"

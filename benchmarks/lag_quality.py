@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--lags", type=int, nargs="+", default=[8])
     parser.add_argument("--corrections", nargs="+", default=["none", "tis"], choices=CORRECTIONS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further run after so long")
     parser.add_argument("--keep", type=Path, help="keep the run folders here")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Wall-clock to the same held-out reward: synchronous, fixed windows and the adaptive one, paired over seeds.
 
-    python -m benchmarks.time_to_reward [--workloads tail verifier learner] [--seeds 3] [--steps 48]
+    python -m benchmarks.time_to_reward [--workloads tail verifier learner] [--seeds 3] [--steps 40]
     python -m benchmarks.time_to_reward --summarise
 
 Every run of a seed starts from the same warmed-up policy and the same data. `scheduler.window` differs, and
@@ -35,7 +35,7 @@ RESULTS = HERE / "time_to_reward.json"
 MODES = {"sync": "0", "S=1": "1", "S=2": "2", "S=4": "4", "S=8": "8", "adaptive": "adaptive"}
 # On two shared cores: where phases alternate each may use both, where they overlap each has one.
 THREADS = {"sync": 2}
-EVALUATIONS = 6
+EVALUATIONS = 5
 GAIN = 0.8  # share of the synchronous run's gain that is the target
 
 
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further run after so long")
     parser.add_argument("--keep", type=Path, help="keep the run folders here")
     parser.add_argument("--summarise", action="store_true", help="run nothing")

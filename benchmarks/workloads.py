@@ -89,7 +89,7 @@ def config(workload: str, data: Path, model: str) -> str:
 [run]
 batch_size = 128
 evaluate_prompts = {_HELDOUT}
-evaluate_samples = 4
+evaluate_samples = 3
 checkpoint_every = 0
 [model]
 {source}

@@ -28,14 +28,17 @@ class Rank:
 
 
 @pytest.mark.parametrize(
-    ("actor_hosts", "remote"),
+    ("actor_hosts", "elastic", "remote"),
     [
-        (["host-0", "host-0"], False),
-        (["host-0", "host-1"], True),
-        (["host-1"], True),  # the driver may sit there too: only rank 0's host counts
+        (["host-0", "host-0"], False, False),
+        (["host-0", "host-1"], False, True),
+        (["host-1"], False, True),  # the driver may sit there too: only rank 0's host counts
+        (["host-0", "host-0"], True, True),  # an actor may yet come on another host
     ],
 )
-def test_actors_on_other_hosts_than_rank_0_are_remote(actor_hosts: list[str], remote: bool) -> None:
+def test_actors_on_other_hosts_than_rank_0_are_remote(
+    actor_hosts: list[str], elastic: bool, remote: bool
+) -> None:
     ranks = [Rank(facts) for facts in FACTS]
     group = LearnerGroup(cast("list[Remote]", ranks), LearnerSettings())
 
@@ -50,6 +53,7 @@ def test_actors_on_other_hosts_than_rank_0_are_remote(actor_hosts: list[str], re
             cuda=False,
             actor_hosts=actor_hosts,
             colocated=False,
+            elastic=elastic,
         )
         return facts
 

@@ -287,7 +287,9 @@ def test_a_run_survives_a_lost_host_and_uses_it_again(cluster: Cluster, tmp_path
         until(lambda: steps() >= lost_at + 3, 240, "three steps more without the lost host")
         cluster.hosts.start(ROLLOUT)
         cluster.hosts.wait(ROLLOUT)
-        until(lambda: cluster.actors(ROLLOUT, "RolloutWorker") == 1, 300, "the host that came back samples")
+        events = run / "events.log"
+        until(lambda: " joined in the place of rollout-" in events.read_text(), 300, "a successor joined")
+        assert cluster.actors(ROLLOUT, "RolloutWorker") == 1  # on the host that came back
         joined_at = steps()
         until(lambda: steps() >= joined_at + 3, 120, "three steps more with the host that came back")
         cluster.hosts.run(HEAD, "pkill -INT -f 'cluster.cli train'")
