@@ -11,6 +11,8 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -76,9 +78,14 @@ def normalised(name: str) -> str:
 
 
 def installed_packages() -> dict[str, str]:
-    """Version of every installed distribution; two of one name stand as `1.0 and 2.0`."""
+    """Version of every installed distribution; two of one name stand as `1.0 and 2.0`.
+
+    Copies that a package carries inside itself don't count: Ray puts its own on the path of its processes.
+    """
+    site = Path(sysconfig.get_path("purelib")).resolve()
+    path = [entry for entry in sys.path if site not in Path(entry or ".").resolve().parents]
     found: dict[str, set[str]] = {}
-    for one in metadata.distributions():
+    for one in metadata.distributions(path=path):
         name = one.metadata["Name"]
         if name:  # a damaged folder may have none
             found.setdefault(normalised(name), set()).add(one.version)

@@ -174,6 +174,8 @@ def canaries() -> dict[str, str]:
 # nodes, placement groups, and all keys and values that it keeps.
 LISTINGS = """
 import sys, ray
+from ray._private import ray_constants
+ray_constants.ENABLE_RAY_CLUSTER = False  # else a loopback address is replaced
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
 from ray._private.state import state
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
@@ -212,7 +214,10 @@ def control_store(session: Path) -> tuple[str, dict[str, str]]:
             options = dict(part[2:].split("=", 1) for part in process.cmdline()[1:] if "=" in part)
             if "gcs_server" in process.name() and options.get("session-dir") == str(session):
                 variables = {k: v for k, v in process.environ().items() if k.startswith("RAY_AUTH")}
-                return f"{options['node-ip-address']}:{options['gcs_server_port']}", variables
+                (port,) = {
+                    c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN
+                }
+                return f"{options['node-ip-address']}:{port}", variables
     raise AssertionError(f"no control store of {session} is running")
 
 

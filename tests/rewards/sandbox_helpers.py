@@ -1,6 +1,7 @@
 """Hostile programs for the sandbox: how they are written and what is left of them."""
 
 import textwrap
+import time
 
 import psutil
 
@@ -41,8 +42,16 @@ def denied(sandbox, text, **names):
     return said.count("denied")
 
 
-def left_running(sandbox):
-    """Processes of this sandbox beside its keeper, wherever they have fled to: they keep its command line."""
+def left_running(sandbox, seconds=5):
+    """Processes that this sandbox has beside its keeper, once the kernel had time to end what was killed."""
+    deadline = time.monotonic() + seconds
+    while (found := _running(sandbox)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def _running(sandbox):
+    """Processes beside the keeper, wherever they have fled to: they keep its command line."""
     keeper = psutil.Process(sandbox.pid)
     line, since = keeper.cmdline(), keeper.create_time()
     found = []
