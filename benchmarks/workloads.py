@@ -4,7 +4,7 @@ All are reversals (spell a word backwards) by a Llama of 0.8 million parameters:
 
 - tail: four words in five have 6 letters, some 16, one in twenty 48: a synchronous step waits for those;
 - verifier: 8 letters, and a reward that takes its time: lognormal, 8 ms a completion, at times a second;
-- learner: 8 letters, three passes over each batch: training takes most of the time.
+- even: 16 letters, no tail and a quick reward: sampling takes longer than training.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 
 from rewards.tasks.reversal import END_OF_PROMPT, LETTERS
 
-WORKLOADS = ("tail", "verifier", "learner")
+WORKLOADS = ("tail", "verifier", "even")
 _TRAIN, _HELDOUT, _DEMONSTRATIONS, _CORRUPTION = 4096, 256, 16384, 0.3
 
 
@@ -73,7 +73,9 @@ def write_data(workload: str, seed: int, folder: Path) -> None:
 
 
 def _length(workload: str, rng: random.Random) -> int:
-    return rng.choices((6, 16, 48), (0.8, 0.15, 0.05))[0] if workload == "tail" else 8
+    if workload == "tail":
+        return rng.choices((6, 16, 48), (0.8, 0.15, 0.05))[0]
+    return {"verifier": 8, "even": 16}[workload]
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -82,7 +84,7 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 def config(workload: str, data: Path, model: str) -> str:
     """The job: everything but seed, steps, threads and what a benchmark varies."""
-    longest = 52 if workload == "tail" else 12
+    longest = {"tail": 52, "verifier": 12, "even": 20}[workload]
     function = "slow_prefix_reward" if workload == "verifier" else "prefix_reward"
     source = f'path = "{model}"' if model else "[model.scratch]\nhidden_size = 128\nmax_length = 112"
     return f"""
@@ -115,7 +117,7 @@ critic_lr = 5e-4
 warmup_updates = 5
 [ppo]
 minibatches = 2
-epochs = {3 if workload == "learner" else 1}
+epochs = 1
 value_coef = 0.5
 kl_coef = 0.02
 [monitor]
