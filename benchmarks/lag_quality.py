@@ -3,7 +3,7 @@
     python -m benchmarks.lag_quality [--lags 8] [--corrections none tis] [--seeds 3]
 
 The workload is the one with the length tail; with a window of 8 its queue stays full, and the mean lag
-comes close to the window: a forced lag of 8. All runs of a seed start from the same policy and have the same data.
+comes close to the window: a forced lag of 8. All runs of a seed start from one policy and have the same data.
 The synchronous runs, and those of each lag with the coupled ratio, are those of time_to_reward.json: run
 `benchmarks.time_to_reward` first, and with the same `--keep`. Each finished run is added to lag_quality.json
 at once, so an interrupted benchmark goes on where it was.

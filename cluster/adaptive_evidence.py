@@ -34,6 +34,7 @@ class Seen:
     ready_left: int
     top_lag: int  # largest lag with tokens; −1 if none was told
     top_kl_low: float  # mean e^ℓ − 1 − ℓ at that lag, less one standard error
+    top_ess: float  # effective sample size at that lag
     ess: float
 
     @property
@@ -60,6 +61,7 @@ def summarise(m: StepMeasurement) -> Seen:
         ready_left=max(0, m.ready_left),
         top_lag=-1 if top is None else top.lag,
         top_kl_low=low,
+        top_ess=math.nan if top is None else top.ess,
         ess=m.ess if 0 <= m.ess <= 1 + 1e-6 else math.nan,
     )
 
@@ -138,7 +140,8 @@ class Evidence:
         """Why what was measured at lags up to `window` is beyond a limit, or None until `settled_at`.
 
         One noisy step is no violation. These are: the lower bound (one standard error) of a line at the
-        largest lag present, from at least three steps; three steps in a row beyond 1.25 D_max by their own
+        largest lag present, from at least three steps, and for χ² with three of the last eight steps below
+        e_min at their own largest lag; three steps in a row beyond 1.25 D_max by their own
         standard errors, upon which older steps are forgotten; the mean ESS of steps after `settled_at`, three
         at least, beyond e_min by its standard error.
         """
@@ -155,6 +158,10 @@ class Evidence:
             return None
         if (low := kl.lower(top)) > limit:
             return f"D({top}) is at least {low:.3g} over {kl.steps} steps, beyond max_drift = {limit:g}"
+        # A single weight can make a step's χ² huge, and the line with it: several steps must agree.
+        steps = [seen.top_ess for seen in self._seen][-_ESS_STEPS:]
+        if sum(ess < self.settings.min_ess for ess in steps) < _RUN_STEPS:
+            return None
         if chi2 is not None and chi2.steps >= _RUN_STEPS and (low := chi2.lower(top)) > self.chi2_limit:
             return (
                 f"the effective sample size at lag {top} is at most {1 / (1 + low):.3g} over {chi2.steps} "

@@ -231,6 +231,20 @@ def test_halved_on_effective_sample_size() -> None:
     assert settings_of(made)[0] == ("window", 2, 1)
 
 
+def test_one_huge_weight_does_not_halve_the_window() -> None:
+    # As measured: a weight of lag 1 that made that step's χ² 9, among steps at .99 and above.
+    s = script(2)
+    usual = (bin_at(2, 0.004, ess=0.99),)
+    outlier = (bin_at(1, 0.002, ess=0.1), bin_at(2, 0.004, ess=0.998))
+    made = [*s.feed(12, bins=usual), *s.feed(1, bins=outlier), *s.feed(6, bins=usual)]
+    assert made == []
+    assert s.rule.window == 2
+    # Three of eight steps at the largest lag are no chance.
+    for _ in range(3):
+        made += s.feed(1, bins=(bin_at(1, 0.002, ess=0.9), bin_at(2, 0.004, ess=0.1)))
+    assert settings_of(made)[:1] == [("window", 2, 1)]
+
+
 def test_synchronous_is_reached_and_left_again_after_a_patience() -> None:
     s = script(1)
     s.feed(3, bins=(bin_at(0, 0.001), bin_at(1, 0.05)))
