@@ -4,7 +4,7 @@ All are reversals (spell a word backwards) by a Llama of 0.8 million parameters:
 
 - tail: four words in five have 6 letters, some 16, one in twenty 48: a synchronous step waits for those;
 - verifier: 8 letters, and a reward that takes its time: lognormal, 8 ms a completion, at times a second;
-- even: 16 letters, no tail and a quick reward: sampling takes longer than training.
+- even: 10 letters, no tail and a quick reward: sampling takes longer than training.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ def write_data(workload: str, seed: int, folder: Path) -> None:
 def _length(workload: str, rng: random.Random) -> int:
     if workload == "tail":
         return rng.choices((6, 16, 48), (0.8, 0.15, 0.05))[0]
-    return {"verifier": 8, "even": 16}[workload]
+    return {"verifier": 8, "even": 10}[workload]
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -84,7 +84,7 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 def config(workload: str, data: Path, model: str) -> str:
     """The job: everything but seed, steps, threads and what a benchmark varies."""
-    longest = {"tail": 52, "verifier": 12, "even": 20}[workload]
+    longest = {"tail": 52, "verifier": 12, "even": 14}[workload]
     function = "slow_prefix_reward" if workload == "verifier" else "prefix_reward"
     source = f'path = "{model}"' if model else "[model.scratch]\nhidden_size = 128\nmax_length = 112"
     return f"""
