@@ -131,6 +131,12 @@ class JobConfig(Settings):
                 f"is not a multiple of rollout.group_size = {group}; use {nearest} or {nearest + group}",
             ),
             _Rule(
+                0 < self.rollout.max_actors < self.rollout.actors,
+                "rollout.max_actors",
+                self.rollout.max_actors,
+                f"is below rollout.actors = {self.rollout.actors}; set it to 0, or higher",
+            ),
+            _Rule(
                 batch % self.ppo.minibatches != 0,
                 "ppo.minibatches",
                 self.ppo.minibatches,

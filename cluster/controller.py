@@ -248,9 +248,8 @@ class Controller:
             if proofs:  # none where every actor was lost: their successors load these weights
                 self.totals.synced(proofs, seconds)
                 step.row |= sync_metrics(proofs, seconds)
-            self._load_seconds = step.row.get(
-                "timing_s/sync_load", 0.0
-            )  # an actor stalls while it loads, not after
+                # An actor stalls while it loads, not after.
+                self._load_seconds = step.row["timing_s/sync_load"]
             step.moments["loaded_s"] = self._now()
         if self._evaluates(step.number + 1):
             step.row |= await self.hooks.on_evaluate()

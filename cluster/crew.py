@@ -45,7 +45,7 @@ class Crew:
         Raises PlacementError if the cluster has no room for them.
         """
         factory = WorkerFactory(config, job, reference_path=reference_path, cuda=cuda, step=step)
-        await asyncio.to_thread(factory.reserve)
+        await factory.reserve()
         places = config.rollout.actors
         recruiter = Recruiter(
             create=factory.rollout,

@@ -13,7 +13,7 @@ from cluster.config import JobConfig
 from cluster.data_settings import DataSettings
 from cluster.doctor_model import local_models, named_models
 from cluster.doctor_records import JOB, Check, HostFacts
-from rewards.build import build_reward
+from cluster.prepare import try_rewards
 from rewards.settings import TaskSettings
 
 ROWS = 2000  # good training rows that are read, at most: a look, in seconds
@@ -39,15 +39,8 @@ def input_checks(config: JobConfig, *, model_ok: bool) -> Iterator[Check]:
 
 def reward_check(config: JobConfig) -> Check:
     """Every reward can be built; a function is loaded in its own process."""
-    scoring = config.scoring
     try:
-        build_reward(
-            config.reward,
-            config.task,
-            timeout_s=scoring.reward_timeout_s,
-            memory_gib=scoring.reward_memory_gib,
-            environment=scoring.reward_env,
-        ).close()
+        try_rewards(config)
     except ValueError as error:
         return Check(
             "rewards", JOB, "fail", str(error), "correct the [[reward]] table or the function it names"

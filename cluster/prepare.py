@@ -40,7 +40,7 @@ class Prepared:
 
 def prepare(config: JobConfig, run_dir: Path) -> Prepared:
     """Generate or read everything; raises ValueError with field, value and remedy."""
-    _try_rewards(config)
+    try_rewards(config)
     inputs = run_dir / "inputs"
     inputs.mkdir(mode=0o700, exist_ok=True)
     data, demonstration_file = _data_settings(config, inputs)
@@ -85,7 +85,7 @@ def prepare(config: JobConfig, run_dir: Path) -> Prepared:
     )
 
 
-def _try_rewards(config: JobConfig) -> None:
+def try_rewards(config: JobConfig) -> None:
     """Build the rewards once, so that a function that cannot be used is refused before anything starts."""
     scoring = config.scoring
     build_reward(

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import ray
-from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.rollout import RolloutWorker
 from actors.scoring import ScoringWorker
+from actors.waits import DeadlineExceeded, within
 from cluster.config import JobConfig
 from cluster.placement import (
     SHARED_GPU,
@@ -45,6 +45,11 @@ class WorkerFactory:
         self.colocated = colocated(config, gpus)
         self._config, self._job, self._reference, self._step = config, job, reference_path, step
         self._sync = config.sync.model_copy(update={"backend": sync_backend(config, gpus)})
+        if config.rollout.max_actors > config.rollout.actors and not self.replaces:
+            raise PlacementError(
+                f"rollout.max_actors = {config.rollout.max_actors}: with sync.backend = "
+                f'"{self._sync.backend}" no actor can join later; set it to 0, or sync.backend to "shared"'
+            )
         self._device = "cuda" if cuda else "cpu"
         self._share = SHARED_GPU if self.colocated else 1.0
         # As the cluster is now: when the last host of a role is lost, its actors wait for another such host.
@@ -59,7 +64,7 @@ class WorkerFactory:
 
     # ---- places --------------------------------------------------------------------------------------------
 
-    def reserve(self) -> None:
+    async def reserve(self) -> None:
         """Reserve the places of all roles. PlacementError says which role has none after the deadline."""
         config = self._config
         counts: dict[Role, int] = {
@@ -79,13 +84,13 @@ class WorkerFactory:
                 bundles = [self.resources(role) for _ in range(count)]
                 self._groups[role] = placement_group(bundles, strategy=strategies[role])
         for role, group in self._groups.items():
-            self._await(role, group, counts[role])
+            await self._placed(role, group, counts[role])
 
-    def _await(self, role: Role, group: PlacementGroup, count: int) -> None:
+    async def _placed(self, role: Role, group: PlacementGroup, count: int) -> None:
         seconds = self._config.cluster.start_timeout_s
         try:
-            ray.get(group.ready(), timeout=seconds)
-        except GetTimeoutError as error:
+            await within(_result(group.ready()), seconds, "the cluster", f"room for {role} actors")
+        except DeadlineExceeded as error:
             asked = ", ".join(f"{amount:g} {name}" for name, amount in self.resources(role).items())
             free = "; ".join(
                 ", ".join(f"{node['Resources'].get(name, 0):g} {name}" for name in self.resources(role))
@@ -202,6 +207,10 @@ class WorkerFactory:
             device="cuda" if self._device == "cuda" and config.scoring.gpus > 0 else "cpu",
             directory=str(Path.cwd()),
         )
+
+
+async def _result(reference: Any) -> Any:
+    return await reference
 
 
 async def stop_all(remotes: list[Remote]) -> None:

@@ -29,6 +29,12 @@ def test_every_shipped_configuration_parses(path: Path) -> None:
     load_config(path)
 
 
+def test_fewer_actors_at_most_than_from_the_start_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.max_actors = 1 is below rollout\.actors = 2"):
+        parse_config(GOOD, ["rollout.actors=2", "rollout.max_actors=1"])
+    assert parse_config(GOOD, ["rollout.actors=2", "rollout.max_actors=2"]).rollout.max_actors == 2
+
+
 def test_the_demo_configuration_parses() -> None:
     assert parse_config(DEMO_CONFIG).objective == "ppo"
 

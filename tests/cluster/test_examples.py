@@ -12,6 +12,15 @@ import pytest
 from cluster.scratch import build_tokenizer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+SHORT: dict[str, Any] = {  # of an example with a generated task
+    "run.steps": 2,
+    "run.batch_size": 32,
+    "run.evaluate_prompts": 16,
+    "warmup.steps": 5,
+    "task.train_size": 256,
+    "task.heldout_size": 16,
+    "task.demonstrations": 256,
+}
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
@@ -68,15 +77,7 @@ def test_programs_in_short(tmp_path: Path) -> None:
     summary = run_example(
         "programs",
         tmp_path / "run",
-        **{
-            "run.steps": 2,
-            "run.batch_size": 32,
-            "run.evaluate_prompts": 16,
-            "warmup.steps": 5,
-            "task.train_size": 256,
-            "task.heldout_size": 16,
-            "task.demonstrations": 256,
-        },
+        **SHORT,
     )
     assert summary["status"] == "completed"
     assert summary["groups_dropped"] == 0
@@ -116,15 +117,7 @@ def test_countdown_in_short(tmp_path: Path) -> None:
     summary = run_example(
         "countdown",
         tmp_path / "run",
-        **{
-            "run.steps": 2,
-            "run.batch_size": 32,
-            "run.evaluate_prompts": 16,
-            "warmup.steps": 5,
-            "task.train_size": 256,
-            "task.heldout_size": 16,
-            "task.demonstrations": 256,
-        },
+        **SHORT,
     )
     assert summary["status"] == "completed"
     assert summary["groups_dropped"] == 0

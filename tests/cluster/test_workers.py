@@ -1,5 +1,6 @@
 """Where the actors of a job go, on a real Ray cluster of three nodes of one machine. No engine is started."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,7 +85,7 @@ def node_of(remote: Any) -> str:
 
 def test_each_role_goes_to_the_hosts_that_have_its_resource(factory: Any, nodes: dict[str, Any]) -> None:
     workers = factory("rollout.actors=2")
-    workers.reserve()
+    asyncio.run(workers.reserve())
     remotes = {
         "learner": [workers.learner(0)],
         "rollout": [workers.rollout(0), workers.rollout(1)],
@@ -111,7 +112,7 @@ def test_what_cannot_be_placed_is_said_with_what_there_is(factory: Any) -> None:
     with pytest.raises(
         PlacementError, match=r"waited 3 s .* 5 rollout actors of 1 CPU, 0\.001 headrace_rollout"
     ) as e:
-        workers.reserve()
+        asyncio.run(workers.reserve())
     assert "4 CPU, 1 headrace_rollout" in str(e.value)
     assert "rollout.cores" in str(e.value)
 
@@ -119,15 +120,15 @@ def test_what_cannot_be_placed_is_said_with_what_there_is(factory: Any) -> None:
 def test_ranks_that_must_be_on_hosts_of_their_own_need_so_many(factory: Any) -> None:
     workers = factory("learner.ranks=2", "learner.placement=strict_spread")
     with pytest.raises(PlacementError, match="2 learner actors"):
-        workers.reserve()
+        asyncio.run(workers.reserve())
     packed = factory("learner.ranks=2")
-    packed.reserve()
+    asyncio.run(packed.reserve())
 
 
 def test_room_for_one_more_is_told(factory: Any) -> None:
     workers = factory("rollout.actors=1", "rollout.cores=3")
     assert workers.has_room()
-    workers.reserve()
+    asyncio.run(workers.reserve())
     deadline = time.monotonic() + 30
     while workers.has_room():  # the nodes report what is free after a moment
         assert time.monotonic() < deadline
