@@ -76,7 +76,8 @@ class Dispatcher:
 
     def best_of_each_version(self) -> list[ActorSlots]:
         """Of each version the least busy actor with a free slot; the least busy first, then the newest."""
-        best = [actor for version in list(self._heaps) if (actor := self._head(version)) is not None]
+        heads = [self._head(version) for version in tuple(self._heaps)]
+        best = [actor for actor in heads if actor is not None]
         if len(best) > 1:
             best.sort(key=lambda actor: (actor.in_flight, -actor.version))
         return best
@@ -115,9 +116,11 @@ def next_dispatch(scheduler: Scheduler, dispatcher: Dispatcher) -> tuple[Admissi
     No actor gets more than an even share of what may be in flight: else the first to load new weights would
     take a whole step's groups, and those that are ready a moment later none.
     """
-    if (full := scheduler.full()) is not None:
+    if not (room := scheduler.room):
+        full = scheduler.full()
+        assert full is not None, "no room, and yet not full"
         return full
-    share = -(-(dispatcher.in_flight + scheduler.room) // max(1, len(dispatcher)))
+    share = -(-(dispatcher.in_flight + room) // max(1, len(dispatcher)))
     refusal = Refusal.NO_SLOT
     for actor in dispatcher.best_of_each_version():
         if actor.in_flight >= share:

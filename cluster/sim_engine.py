@@ -8,7 +8,6 @@ happens to it: a group done, a group entering, new weights.
 """
 
 import heapq
-from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -193,8 +192,8 @@ class Engine:
         v, ends = self.v, self._ends
         flight.entered = v
         flight.versions = [(self.version, flight.tokens)]
-        for length in flight.lengths:
-            insort(ends, -(v + length))
+        ends.extend([-v - length for length in flight.lengths])
+        ends.sort()  # two runs to merge, in one call
         heapq.heappush(self.running, (v + max(flight.lengths), flight.group_id, flight))
         self.seconds += self._prompt * self._prefill
 
