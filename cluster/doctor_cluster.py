@@ -240,15 +240,21 @@ def clock_check(host: str, found: Skew | None) -> Check:
 
 
 def input_check(host: str, path: str, facts: HostFacts, driver: HostFacts) -> Check:
-    """A folder or file that actors read is on this host, and the same as the driver's."""
+    """What actors read is on this host as on the driver's; a model's folder is brought there if it is not."""
     name = f"input {path}"
     here, there = facts.inputs.get(path, ""), driver.inputs.get(path, "")
-    remedy = "copy it to the same path on every host (file_mounts in the cluster's file), or share the disk"
-    if not here:
-        return Check(name, host, "fail", "is not on this host", remedy)
-    if here != there:
-        return Check(name, host, "fail", "is not the same as on the driver's host", remedy)
-    return Check(name, host, "ok", "as on the driver's host")
+    if here and here == there:
+        return Check(name, host, "ok", "as on the driver's host")
+    state = "is not the same as on the driver's host" if here else "is not on this host"
+    if there and not path.endswith(".py"):
+        return Check(name, host, "ok", f"{state}: the start brings it there")
+    return Check(
+        name,
+        host,
+        "fail",
+        state,
+        "copy it to the same path on every host (file_mounts in the cluster's file), or share the disk",
+    )
 
 
 def inputs_for(node: Node, nodes: Sequence[Node], needs: Needs) -> list[str]:

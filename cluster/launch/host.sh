@@ -174,9 +174,9 @@ ray() {
   export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
   export PATH="$env/bin:$PATH" PYTHONPATH="$home" # the code of this folder runs, whatever the environment has
   unset OMP_NUM_THREADS PYTHONWARNINGS # Ray's SSH commands set them, and every actor would inherit one thread
-  # A host that was cut off is given up after about 15 s, not Ray's 65 s. The head's processes read this.
-  export RAY_health_check_period_ms="${RAY_health_check_period_ms:-1000}"
-  export RAY_health_check_timeout_ms="${RAY_health_check_timeout_ms:-3000}"
+  # A host that was cut off is given up after about 8 s, not Ray's 65 s. The head's processes read this.
+  export RAY_health_check_period_ms="${RAY_health_check_period_ms:-500}"
+  export RAY_health_check_timeout_ms="${RAY_health_check_timeout_ms:-1500}"
   export RAY_health_check_failure_threshold="${RAY_health_check_failure_threshold:-4}"
   ulimit -n 65536 2>/dev/null || true
   ulimit -c 0

@@ -94,15 +94,21 @@ def test_clocks() -> None:
     assert clock_check("h", None).status == "skipped"
 
 
-def test_inputs_must_be_on_the_hosts_that_read_them() -> None:
+def test_files_must_be_on_the_hosts_that_read_them_and_models_are_brought() -> None:
     job_needs = needs(inputs=("/m", "/grade.py"))
     scoring, rollout, plain = node(1, "headrace_scoring"), node(2, "headrace_rollout"), node(3)
     assert inputs_for(rollout, [scoring, rollout], job_needs) == ["/m"]
     assert inputs_for(scoring, [scoring, rollout], job_needs) == ["/m", "/grade.py"]
     assert inputs_for(plain, [plain], job_needs) == ["/m", "/grade.py"]
-    driver = facts(inputs={"/m": "1"})
-    for there, status in (("1", "ok"), ("2", "fail"), ("", "fail")):
-        assert input_check("h", "/m", facts(inputs={"/m": there}), driver).status == status
+    driver = facts(inputs={"/m": "1", "/grade.py": "1"})
+    for there, file_status in (("1", "ok"), ("2", "fail"), ("", "fail")):
+        host = facts(inputs={"/m": there, "/grade.py": there})
+        assert input_check("h", "/grade.py", host, driver).status == file_status
+        folder = input_check("h", "/m", host, driver)
+        assert folder.status == "ok"
+        assert ("the start brings it there" in folder.found) == (there != "1")
+    gone = facts(inputs={})
+    assert input_check("h", "/m", gone, gone).status == "fail"  # nobody could send it
 
 
 def test_ranks_that_want_hosts_of_their_own() -> None:
