@@ -20,6 +20,7 @@ from rewards.tasks.registry import TASKS, get_task
 # No deadline for an example: a busy machine is not a failure.
 unhurried = hypothesis_settings(deadline=None, max_examples=80)
 
+BEST = {"coverage": 4.0}  # the highest gold reward, where it is not 1
 REVERSAL, COUNTDOWN = get_task("reversal"), get_task("countdown")
 
 
@@ -45,7 +46,7 @@ def test_sizes_columns_alphabet_and_gold_answers(kind):
     assert (len(data.train), len(data.heldout), len(data.demonstrations)) == (60, 20, 50)
     rows = data.train + data.heldout
     assert len({row["prompt"] for row in rows}) == 80
-    assert golds(kind, [(row, row["answer"]) for row in rows]) == [1.0] * 80
+    assert golds(kind, [(row, row["answer"]) for row in rows]) == [BEST.get(kind, 1.0)] * 80
     assert all(set(row) == {"prompt", "completion"} for row in data.demonstrations)
     texts = [text for row in rows + data.demonstrations for text in row.values() if isinstance(text, str)]
     assert set("".join(texts)) <= set(task.alphabet())
@@ -58,7 +59,7 @@ def test_the_stated_share_of_demonstrations_is_spoiled(kind, corruption):
     task = get_task(kind)
     data = task.generate(settings(kind, corruption=corruption))
     found = golds(kind, [(gold_row(kind, row), row["completion"]) for row in data.demonstrations])
-    assert sum(gold < 1.0 for gold in found) == corruption * 50
+    assert sum(gold < BEST.get(kind, 1.0) for gold in found) == corruption * 50
 
 
 def golds(kind, pairs):
@@ -81,6 +82,8 @@ def gold_row(kind, demonstration):
         return {"tests": expected_tests(prompt)}
     if kind == "reversal":
         return {"answer": prompt[:-1][::-1]}
+    if kind == "coverage":
+        return {"answer": prompt[:-1]}
     numbers, target = prompt.rstrip(":").split("=")
     return {"numbers": [int(number) for number in numbers.split()], "target": int(target)}
 
@@ -91,7 +94,7 @@ def test_corruption_is_spread_evenly():
 
 
 def test_an_unknown_task_is_refused():
-    with pytest.raises(ValueError, match=r"task.kind = 'chess': choose one of countdown, programs, reversal"):
+    with pytest.raises(ValueError, match=r"task.kind = 'chess': choose one of countdown, coverage, programs"):
         get_task("chess")
 
 

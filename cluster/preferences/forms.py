@@ -1,0 +1,308 @@
+"""One row to one pair, in the forms that people have, or BadRow with the reason why not.
+
+    prompt          chosen, rejected
+    text            texts                       the replies
+    text, messages  messages                    the replies, or whole conversations that begin with the prompt
+    messages        texts                       the replies
+    (none)          messages                    whole conversations: what they share is the prompt
+    (none)          texts                       whole dialogues: the prompt ends with the last mark of a
+                                                reply, such as "\\n\\nAssistant:", in what they share
+
+A message is `{"role", "content"}`, or `{"from", "value"}` as ShareGPT has it.
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.data import check_messages
+from cluster.data_files import BadRow
+from cluster.preferences.settings import PreferenceSettings
+from rewards.preferences.records import Preference, Prompt
+
+Message = dict[str, Any]
+
+# What stands before a reply in the dialogues of common data sets.
+REPLY_MARKS = (
+    "\n\nAssistant:",
+    "<|im_start|>assistant\n",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "<start_of_turn>model\n",
+    "<|assistant|>",
+    "[/INST]",
+    "### Response:",
+    "### Assistant:",
+    "\nASSISTANT:",
+)
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+def parse_pair(row: Mapping[str, Any], line: int, settings: PreferenceSettings) -> Preference:
+    """The pair of a row; raises BadRow."""
+    chosen = _present(row, settings.chosen_column)
+    rejected = _present(row, settings.rejected_column)
+    prompt, chosen, rejected = _texts(row.get(settings.prompt_column), chosen, rejected, settings)
+    prompt = _with_system(prompt, row, settings)
+    if chosen.strip() == rejected.strip():
+        raise BadRow("identical responses", "chosen and rejected are the same text")
+    if settings.empty_responses == "put-aside":
+        for name, text in ((settings.chosen_column, chosen), (settings.rejected_column, rejected)):
+            if not text.strip():
+                raise BadRow("empty response", f"{name!r} has no text")
+    return Preference(
+        prompt,
+        chosen,
+        rejected,
+        margin=_margin(row, settings),
+        weight=_not_negative(row, settings, "weight_column", 1.0),
+        annotator=_name(row, settings, "annotator_column"),
+        subset=_name(row, settings, "subset_column"),
+        line=line,
+        row={name: _present(row, name) for name in settings.keep_columns} or None,
+    )
+
+
+def _present(row: Mapping[str, Any], column: str) -> Any:
+    value = row.get(column)
+    if value is None:
+        state = "null" if column in row else f"not among {', '.join(map(repr, row)) or 'no columns'}"
+        raise BadRow("missing column", f"{column!r} is {state}")
+    return value
+
+
+# --- prompt and replies --------------------------------------------------------------------------------
+
+
+def _texts(prompt: Any, chosen: Any, rejected: Any, settings: PreferenceSettings) -> tuple[Prompt, str, str]:
+    """Prompt and two replies from any of the forms."""
+    if prompt == []:
+        raise BadRow("empty prompt", "no messages")
+    if isinstance(prompt, list):
+        prompt = check_messages(_conversation(prompt, settings.prompt_column))
+    elif not isinstance(prompt, str | None):
+        raise BadRow("wrong type", f"{settings.prompt_column!r} is a {_kind(prompt)}, no text or messages")
+    if isinstance(prompt, str) and not prompt.strip():
+        raise BadRow("empty prompt", "only white space")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _from_texts(prompt, chosen, rejected, settings)
+    return _from_conversations(
+        prompt,
+        _reply_or_conversation(chosen, settings.chosen_column),
+        _reply_or_conversation(rejected, settings.rejected_column),
+        settings,
+    )
+
+
+def _from_texts(
+    prompt: Prompt | None, chosen: str, rejected: str, settings: PreferenceSettings
+) -> tuple[Prompt, str, str]:
+    marks = (settings.reply_mark,) if settings.reply_mark else REPLY_MARKS
+    if isinstance(prompt, list):
+        return prompt, chosen, rejected
+    if prompt is None:
+        shared = chosen[: shared_length(chosen, rejected)]
+        mark, end = _last_mark(shared, marks)
+        if not mark:
+            raise BadRow(
+                "missing column",
+                f"{settings.prompt_column!r} is missing, and what the responses share has no mark of a reply "
+                f"such as {marks[0]!r} (preferences.reply_mark)",
+            )
+        prompt, chosen, rejected = shared[:end], chosen[end:], rejected[end:]
+        if mark in chosen or mark in rejected:
+            raise BadRow("several turns", f"the responses differ before their last {mark.strip()!r}")
+        if not prompt.removesuffix(mark).strip():
+            raise BadRow("empty prompt", f"nothing stands before {mark.strip()!r}")
+    elif _ends_with_mark(prompt, marks) and chosen.startswith(prompt) and rejected.startswith(prompt):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    if settings.dialogues == "messages" and prompt.rstrip().endswith("\n\nAssistant:"):
+        return _dialogue(prompt), chosen.strip(), rejected.strip()
+    return prompt, chosen, rejected
+
+
+def shared_length(first: str, second: str) -> int:
+    """How many characters two texts have in common at their beginning, by bisection."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first.startswith(second[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _last_mark(text: str, marks: tuple[str, ...]) -> tuple[str, int]:
+    """The mark that ends last in the text, and where it ends; ("", 0) if there is none."""
+    found = [(text.rindex(mark) + len(mark), mark) for mark in marks if mark in text]
+    end, mark = max(found, default=(0, ""))
+    return mark, end
+
+
+def _ends_with_mark(prompt: str, marks: tuple[str, ...]) -> bool:
+    return any(prompt.rstrip().endswith(mark.rstrip()) for mark in marks)
+
+
+def _dialogue(text: str) -> list[Message]:
+    """`Human: …`, `Assistant: …` turns as chat messages; the open last turn is left out."""
+    parts = _TURN.split(text)
+    if parts[0].strip():
+        raise BadRow("wrong type", "the dialogue has text before its first 'Human:' or 'Assistant:'")
+    turns = [
+        {"role": "user" if speaker == "Human" else "assistant", "content": said.strip()}
+        for speaker, said in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    return check_messages(turns[:-1])
+
+
+def _reply_or_conversation(value: Any, column: str) -> list[Message]:
+    """Messages that end with the assistant's; a text is such a message."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    messages = _conversation([value] if isinstance(value, dict) else value, column)
+    if messages[-1]["role"] != "assistant":
+        role = messages[-1]["role"]
+        raise BadRow("wrong type", f"the last message of {column!r} is of role {role!r}, not 'assistant'")
+    return messages
+
+
+def _conversation(value: Any, column: str) -> list[Message]:
+    """Chat messages with role and content, and what else they hold that is not null."""
+    if not isinstance(value, list):
+        raise BadRow("wrong type", f"{column!r} is a {_kind(value)}, no text or messages")
+    if not value:
+        raise BadRow("empty response", f"{column!r} has no messages")
+    return [_message(one, number, column) for number, one in enumerate(value, start=1)]
+
+
+def _message(value: Any, number: int, column: str) -> Message:
+    if not isinstance(value, dict):
+        raise BadRow("wrong type", f"message {number} of {column!r} is a {_kind(value)}, not an object")
+    message = {name: content for name, content in value.items() if content is not None}
+    for name, other in (("role", "from"), ("content", "value")):
+        if name not in message and other in message:
+            message[name] = message.pop(other)
+        if not isinstance(message.get(name), str):
+            raise BadRow("wrong type", f"message {number} of {column!r} has no text under {name!r}")
+    message["role"] = _ROLES.get(message["role"], message["role"])
+    return message
+
+
+def _from_conversations(
+    prompt: Prompt | None, chosen: list[Message], rejected: list[Message], settings: PreferenceSettings
+) -> tuple[Prompt, str, str]:
+    most = min(len(chosen), len(rejected)) - 1
+    same = next((i for i in range(most) if not _same(chosen[i], rejected[i])), most)
+    if len(chosen) != same + 1 or len(rejected) != same + 1:
+        raise BadRow(
+            "several turns",
+            f"after {same} shared messages {len(chosen) - same} and {len(rejected) - same} follow: "
+            "the responses must be one message each",
+        )
+    replies = chosen[-1]["content"], rejected[-1]["content"]
+    shared = chosen[:same]
+    if not shared:
+        if prompt is None:
+            raise BadRow(
+                "missing column", f"{settings.prompt_column!r} is missing, and the responses share no message"
+            )
+        return prompt, *replies
+    return _agreed(prompt, shared), *replies
+
+
+def _agreed(prompt: Prompt | None, shared: list[Message]) -> list[Message]:
+    """The prompt, given as a column and at the beginning of both conversations; BadRow if they disagree."""
+    if prompt is None:
+        return check_messages(shared)
+    if isinstance(prompt, str):
+        wanted = " ".join(prompt.split())
+        contents = [" ".join(one["content"].split()) for one in shared]
+        # The prompt's column may hold one of the messages, or all of them as some template wrote them.
+        if wanted in contents or all(content in wanted for content in contents):
+            return check_messages(shared)
+    elif shared[0]["role"] == "assistant":  # the responses go on where the prompt stopped
+        return check_messages([*prompt, *shared])
+    else:
+        spoken = [one for one in prompt if one["role"] != "system"]
+        begun = [one for one in shared if one["role"] != "system"]
+        if all(map(_same, spoken, begun)) and len(spoken) <= len(begun):
+            has_system = shared[0]["role"] == "system" or prompt[0]["role"] != "system"
+            return check_messages(shared if has_system else [prompt[0], *shared])
+    raise BadRow("prompt disagrees", "the prompt is not how both conversations begin")
+
+
+def _same(first: Message, second: Message) -> bool:
+    return bool(first["role"] == second["role"] and first["content"].strip() == second["content"].strip())
+
+
+def _with_system(prompt: Prompt, row: Mapping[str, Any], settings: PreferenceSettings) -> Prompt:
+    """The prompt with the row's own system message before it, if it has none yet."""
+    if not settings.system_column:
+        return prompt
+    system = row.get(settings.system_column)
+    if system is not None and not isinstance(system, str):
+        raise BadRow("wrong type", f"{settings.system_column!r} is a {_kind(system)}, not a text")
+    if not system or not system.strip():
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+# --- margin, weight, names -----------------------------------------------------------------------------
+
+
+def _margin(row: Mapping[str, Any], settings: PreferenceSettings) -> float:
+    if not settings.chosen_score_column:
+        return settings.margin_scale * _not_negative(row, settings, "margin_column", 0.0)
+    better = _number(_present(row, settings.chosen_score_column), settings.chosen_score_column)
+    worse = _number(_present(row, settings.rejected_score_column), settings.rejected_score_column)
+    if better < worse:
+        raise BadRow("scores contradict", f"chosen scores {better:g}, rejected {worse:g}")
+    return settings.margin_scale * (better - worse)
+
+
+def _optional(row: Mapping[str, Any], settings: PreferenceSettings, field: str) -> Any:
+    """The value of an optional column, None if the row has none and need not have it."""
+    column = getattr(settings, field)
+    if not column:
+        return None
+    return _present(row, column) if settings.required(field) else row.get(column)
+
+
+def _not_negative(row: Mapping[str, Any], settings: PreferenceSettings, field: str, default: float) -> float:
+    value = _optional(row, settings, field)
+    if value is None:
+        return default
+    column = getattr(settings, field)
+    number = _number(value, column)
+    if number < 0:
+        raise BadRow(f"negative {field.removesuffix('_column')}", f"{column!r} is {number:g}")
+    return number
+
+
+def _number(value: Any, column: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow("wrong type", f"{column!r} is a {_kind(value)}, not a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise BadRow("non-finite number", f"{column!r} is too large") from error
+
+
+def _name(row: Mapping[str, Any], settings: PreferenceSettings, field: str) -> str:
+    value = _optional(row, settings, field)
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        column = getattr(settings, field)
+        raise BadRow("wrong type", f"{column!r} is a {_kind(value)}, not a text or whole number")
+    return sys.intern(str(value).strip())
+
+
+def _kind(value: object) -> str:
+    names = {str: "text", list: "list", dict: "object", bool: "flag", int: "number", float: "number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
