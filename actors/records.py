@@ -63,13 +63,17 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class SampledGroup:
-    """All samples of one request, and the actor that drew them."""
+    """All samples of one request, and the actor that drew them.
+
+    `evaluation`: it belongs to a held-out evaluation, so that rewards of role `evaluate` score it too.
+    """
 
     group_id: int
     prompt: Prompt
     completions: tuple[Completion, ...]
     actor: str
     seconds: float
+    evaluation: bool = False
 
     @property
     def oldest_version(self) -> int:
@@ -79,7 +83,10 @@ class SampledGroup:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """A completion with its reward and the frozen reference's log-probabilities (one per token)."""
+    """A completion with its reward and the frozen reference's log-probabilities (one per token).
+
+    `components` has every reward that was asked, by label; those of role `evaluate` are no part of `reward`.
+    """
 
     completion: Completion
     reward: float

@@ -1,10 +1,13 @@
 """The scoring actor: rewards and the frozen reference's log-probabilities of sampled groups.
 
-    [SampledGroup] ─▶ rewards, group by group ─▶ reference log-probabilities, one batch ─▶ [Group]
-                          └─ any sample's error ─▶ RewardFailure in that group's place
+    [SampledGroup] ─▶ rewards, group by group; reward models, one batch each
+                          ├─ any sample's error ─▶ RewardFailure in that group's place
+                          └─▶ reference log-probabilities, one batch ─▶ [Group]
 
 A plain class; `cluster` makes it a Ray actor. User functions are called one completion after another in one
 child process for each `[[reward]]`: more throughput is had from more scoring actors (`scoring.actors`).
+Reward models compute on the reference's device. Rewards of role `evaluate` are asked only for groups that
+belong to an evaluation, so that training groups never wait for them.
 """
 
 import time
@@ -17,13 +20,22 @@ from actors.records import Group, RewardFailure, SampledGroup, Trajectory
 from actors.settings import ScoringSettings
 from actors.shipping import ShippedFolder, local_folder
 from rewards.base import RewardError, RewardRequest, Score
-from rewards.build import CombinedReward, build_reward
+from rewards.build import build_reward
+from rewards.combined import CombinedReward, ScoredRequests
+from rewards.model_reward import ModelPlace
 from rewards.settings import RewardSettings, TaskSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PENALTY = "missing_eos_penalty"
+
+
+@dataclass(frozen=True, slots=True)
+class ShippedModels(ShippedFolder):
+    """The reference's folder, and with it those of the reward models, by label."""
+
+    rewards: tuple[tuple[str, ShippedFolder], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +83,17 @@ class ScoringWorker:
         self._reference: PreTrainedModel | None = None
 
     def use_model(self, shipped: ShippedFolder, seconds: float) -> None:
-        """Before `start`: take the reference from the driver's host, unless this is it; ShippingError."""
+        """Before `start`: take the reference from the driver's host, unless this is it; ShippingError.
+
+        Reward models that come with it are taken too.
+        """
         self._reference_path = str(local_folder(shipped, seconds))
+        if isinstance(shipped, ShippedModels):
+            here = {label: str(local_folder(folder, seconds)) for label, folder in shipped.rewards}
+            self._reward_settings = [
+                one.model_copy(update={"path": here[one.label]}) if one.label in here else one
+                for one in self._reward_settings
+            ]
 
     def start(self) -> None:
         """Build the rewards (ValueError if one cannot work), then load the reference."""
@@ -83,6 +104,7 @@ class ScoringWorker:
             memory_gib=self._scoring.reward_memory_gib,
             directory=self._directory,
             environment=self._scoring.reward_env,
+            models=ModelPlace(self._device, self._dtype, self._micro_batch_tokens),
         )
         try:
             self.set_reference(self._reference_path)
@@ -109,7 +131,7 @@ class ScoringWorker:
 
     def score(self, groups: Sequence[SampledGroup]) -> list[Group | RewardFailure]:
         """One answer for each group, in order. A failure leaves the other groups as they are."""
-        answers = [self._reward_group(group) for group in groups]
+        answers = self._reward_groups(groups)
         rewarded = [answer for answer in answers if isinstance(answer, RewardedGroup)]
         started = time.monotonic()
         logprobs = iter(self._reference_logprobs(rewarded))
@@ -121,20 +143,20 @@ class ScoringWorker:
 
     # --- Rewards -----------------------------------------------------------------------------------------
 
-    def _reward_group(self, group: SampledGroup) -> RewardedGroup | RewardFailure:
+    def _reward_groups(self, groups: Sequence[SampledGroup]) -> list[RewardedGroup | RewardFailure]:
         assert self._reward is not None, "start() comes first"
-        started = time.monotonic()
-        prompt = group.prompt
-        requests = [
-            RewardRequest(prompt.source or prompt.text, completion.text, prompt.row, completion.finished)
-            for completion in group.completions
-        ]
+        found = self._reward.score_groups(
+            [_requests(group) for group in groups], [group.evaluation for group in groups]
+        )
+        return [self._rewarded(group, scored) for group, scored in zip(groups, found, strict=True)]
+
+    def _rewarded(self, group: SampledGroup, scored: ScoredRequests) -> RewardedGroup | RewardFailure:
         scores: list[Score] = []
-        for request, answer in zip(requests, self._reward.score(requests), strict=True):
+        for completion, answer in zip(group.completions, scored.answers, strict=True):
             if isinstance(answer, RewardError):
                 return RewardFailure(group.group_id, group.prompt.id, answer.reward, answer.reason)
-            scores.append(self._penalised(answer, request.finished))
-        return RewardedGroup(group, tuple(scores), time.monotonic() - started)
+            scores.append(self._penalised(answer, completion.finished))
+        return RewardedGroup(group, tuple(scores), scored.seconds)
 
     def _penalised(self, score: Score, finished: bool) -> Score:
         """Subtract `missing_eos_penalty` from a response that was cut off; shown as a component."""
@@ -171,6 +193,14 @@ class ScoringWorker:
             )
         rest = iter(values)
         return [[tuple(next(rest).tolist()) for _ in group.sampled.completions] for group in groups]
+
+
+def _requests(group: SampledGroup) -> list[RewardRequest]:
+    prompt = group.prompt
+    return [
+        RewardRequest(prompt.source or prompt.text, completion.text, prompt.row, completion.finished)
+        for completion in group.completions
+    ]
 
 
 def _finished(group: RewardedGroup, reference_logprobs: Sequence[tuple[float, ...]], seconds: float) -> Group:

@@ -27,7 +27,7 @@ class ShippingError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ShippedFile:
-    """One file: its chunks' object references, in order."""
+    """One file, named by its path inside the folder: its chunks' object references, in order."""
 
     name: str
     size: int
@@ -56,21 +56,23 @@ def _put_object(data: Any) -> Any:
     return ray.put(data)
 
 
-def ship(folder: Path, put: Callable[[Any], Any] = _put_object) -> ShippedFolder:
+def ship(folder: Path, put: Callable[[Any], Any] = _put_object, *, nested: bool = False) -> ShippedFolder:
     """Put a model's files into the object store: configuration, tokenizer, safetensors.
 
-    Keep the answer for as long as actors may ask for it: it holds the references.
+    `nested`: those of its folders too, as the members of an ensemble have. Keep the answer for as long as
+    actors may ask for it: it holds the references.
     """
     import numpy as np
 
     files = []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*") if nested else folder.iterdir()):
         if not path.is_file() or path.suffix not in _SUFFIXES:
             continue
         size = path.stat().st_size
         data = np.memmap(path, dtype=np.uint8, mode="r") if size else np.zeros(0, np.uint8)
         chunks = tuple(put(data[start : start + _CHUNK]) for start in range(0, size, _CHUNK))
-        files.append(ShippedFile(path.name, size, sha256_of(path), chunks))
+        name = path.relative_to(folder).as_posix()
+        files.append(ShippedFile(name, size, sha256_of(path), chunks))
     return ShippedFolder(str(folder), host_id(), tuple(files))
 
 
@@ -124,6 +126,7 @@ def _write(
     partial.mkdir(mode=0o700)
     for file in shipped.files:
         path = partial / file.name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with path.open("wb") as out:
             for chunk in file.chunks:
                 out.write(fetch(chunk, seconds))

@@ -95,6 +95,7 @@ class Totals:
     steps: int = 0
     elapsed_s: float = 0.0
     paused_s: float = 0.0
+    scoring_exposed_s: float = 0.0
     wait_by_cause: dict[str, float] = field(default_factory=dict)
     lengths_sampled: dict[str, int] = field(default_factory=dict)
     lengths_trained: dict[str, int] = field(default_factory=dict)
@@ -263,3 +264,18 @@ def pace_metrics(
         "perf/efficiency": max(busy_s, step_s - rollout_idle_s) / step_s,
     }
     return metrics | {f"wait/by_cause/{cause.value}": waits.get(cause, 0.0) for cause in WaitCause}
+
+
+def scoring_exposed(trace: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds that the learner waited for one step while nothing but scoring was outstanding.
+
+    `trace` is a step's, as `StepReport` has it: the times of the groups it took, then its own. With the last
+    group sampled at s = max sampled_s and scored at r = max scored_s, and the learner free from w and at work
+    from t: max(0, min(r, t) − max(s, w)). Had scoring taken no time, the step could have begun that much
+    earlier.
+    """
+    *groups, step = trace
+    sampled = max(group["sampled_s"] for group in groups)
+    scored = max(group["scored_s"] for group in groups)
+    seconds: float = min(scored, step["train_from_s"]) - max(sampled, step["wait_from_s"])
+    return max(0.0, seconds)

@@ -13,6 +13,7 @@ _WORDS: dict[AlertKind, str] = {
     "stop": "stopped",
     "failure": "failed",
     "reward": "reward errors",
+    "overoptimisation": "reward over-optimised",
 }
 SERIOUS: frozenset[AlertKind] = frozenset({"sync", "failure"})
 assert _WORDS.keys() == set(get_args(AlertKind))

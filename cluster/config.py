@@ -22,6 +22,8 @@ from learner.settings import (
     WarmupSettings,
 )
 from rewards.build import check_rewards, uses_child
+from rewards.overoptimisation_settings import StopSettings
+from rewards.roles import roles_of
 from rewards.settings import RewardSettings, Settings, TaskSettings
 
 
@@ -91,6 +93,7 @@ class JobConfig(Settings):
     ppo: PPOSettings = Field(default_factory=PPOSettings)
     correction: CorrectionSettings = Field(default_factory=CorrectionSettings)
     sync: SyncSettings = Field(default_factory=SyncSettings)
+    stop: StopSettings = Field(default_factory=StopSettings)
     monitor: MonitorSettings = Field(default_factory=MonitorSettings)
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
 
@@ -112,6 +115,7 @@ class JobConfig(Settings):
             *self._data_rules(),
             *self._correction_rules(),
             self._scoring_rule(),
+            *self._stop_rules(),
         ):
             if rule.broken:
                 raise ContradictionError(rule.field, rule.value, rule.remedy)
@@ -271,6 +275,28 @@ class JobConfig(Settings):
             f"completions and {children} function, regex or code reward(s); set it to {needed:g} or more, "
             "or lower scoring.reward_timeout_s",
         )
+
+    def _stop_rules(self) -> list[_Rule]:
+        """A rule that is to stop the run must have something to look at, and evaluations to look at it in."""
+        roles = roles_of(self.reward)
+        judge = 'a held-out reward: add a [[reward]] of kind = "model" with role = "evaluate"'
+        seen = {
+            "heldout_decline": (bool(roles.heldout), judge),
+            "normalised_gap": (bool(roles.heldout), judge),
+            "disagreement": (bool(roles.models), 'an ensemble: train on a [[reward]] of kind = "model"'),
+            "kl_budget": (True, ""),
+        }
+        stops = [name for name in seen if getattr(self.stop, name) == "stop"]
+        return [
+            *(_Rule(not seen[name][0], f"stop.{name}", "stop", f"needs {seen[name][1]}") for name in stops),
+            _Rule(
+                bool(stops) and self.run.evaluate_every == 0,
+                "run.evaluate_every",
+                0,
+                f'leaves nothing to look at for stop.{stops[0] if stops else ""} = "stop"; set it to the '
+                "learner steps between evaluations",
+            ),
+        ]
 
 
 _CORRECTION_LIMITS: tuple[tuple[str, str, tuple[str, ...]], ...] = (

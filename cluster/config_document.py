@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from cluster.config import JobConfig
-from cluster.config_file import table_type
+from cluster.config_file import OBJECTIVES, table_type
 from rewards.settings import Settings
 
 _INTRODUCTION = """# Configuration
 
-A job is one TOML file: `headrace train CONFIG.toml`. Any setting can be overridden on the command line with
+A job is one TOML file: `headrace train CONFIG.toml`. Its `objective` says what it does, and so which tables
+it may have: those of reinforcement learning (`ppo`, also where nothing is said) come first on this page, then
+those of a reward model (`reward_model`). Any setting can be overridden on the command line with
 `--set section.key=value` (`--set reward.0.weight=2` reaches into a list of tables). Unknown keys, wrong types
 and contradictions are refused before anything starts. Relative paths are taken from the folder where the
 command runs. Every run writes its resolved configuration to `config.toml` in its run folder.
@@ -26,12 +27,14 @@ This page is made from the code by `python -m cluster.config_document`.
 def document() -> str:
     """The text of docs/configuration.md."""
     parts = [_INTRODUCTION]
-    for name, field in JobConfig.model_fields.items():
-        table = table_type(field.annotation)
-        if table is None:
-            parts.append(f"## `{name}`\n\n{field.description} Default: `{_default(field)}`.\n")
-            continue
-        parts += _tables(name, table, is_list=get_origin(field.annotation) is list)
+    for objective, job in OBJECTIVES.items():
+        parts.append(f'# `objective = "{objective}"`\n')
+        for name, field in job.model_fields.items():
+            table = table_type(field.annotation)
+            if table is None:
+                parts.append(f"## `{name}`\n\n{field.description} Default: `{_default(field)}`.\n")
+                continue
+            parts += _tables(name, table, is_list=get_origin(field.annotation) is list)
     return "\n".join(parts)
 
 

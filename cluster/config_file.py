@@ -5,56 +5,102 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import tomli_w
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.config import ContradictionError, JobConfig
+from cluster.reward_job.config import RewardJobConfig
+from cluster.supervised_job.config import SupervisedJobConfig
 from rewards.settings import Settings
 
+AnyJobConfig = JobConfig | RewardJobConfig | SupervisedJobConfig
+OBJECTIVES: dict[str, type[AnyJobConfig]] = {
+    "ppo": JobConfig,
+    "supervised": SupervisedJobConfig,
+    "reward_model": RewardJobConfig,
+}
+
 _INDEX = re.compile(r"^\d+$")
+_Config = TypeVar("_Config", bound=Settings)
 
 
 class ConfigError(ValueError):
     """The user's configuration is wrong; the message names field, value and remedy."""
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """Read `path` and apply `section.key=value` overrides in order.
+def load_job(path: Path, overrides: Sequence[str] = ()) -> AnyJobConfig:
+    """Read `path` and apply `section.key=value` overrides in order; its `objective` says what it is.
 
     Raises ConfigError for a missing or malformed file, unknown keys, wrong types and contradictions.
     """
+    return parse_job(_read(path), overrides, source=str(path))
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job of reinforcement learning, as `load_job` does; ConfigError for any other objective."""
+    return parse_config(_read(path), overrides, source=str(path))
+
+
+def parse_job(text: str, overrides: Sequence[str] = (), *, source: str = "configuration") -> AnyJobConfig:
+    """Parse a job of any objective from TOML text; see `load_job`."""
+    tables = _tables(text, overrides, source)
+    objective = tables.get("objective", "ppo")
+    kind = OBJECTIVES.get(objective) if isinstance(objective, str) else None
+    if kind is None:
+        raise ConfigError(
+            f"{source}: objective = {objective!r}: there is no such objective; use one of "
+            f"{', '.join(OBJECTIVES)}"
+        )
+    return _validated(kind, tables, source)
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "configuration") -> JobConfig:
+    """Parse a job of reinforcement learning from TOML text; see `load_config`."""
+    tables = _tables(text, overrides, source)
+    objective = tables.get("objective")
+    if objective in OBJECTIVES and OBJECTIVES[objective] is not JobConfig:
+        raise ConfigError(
+            f'{source}: objective = "{objective}" has no rollouts, which this command is about; give a job '
+            'with objective = "ppo", or train this one with headrace train'
+        )
+    return _validated(JobConfig, tables, source)
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; give the path of a TOML configuration") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); give the path of a TOML configuration"
         ) from None
-    return parse_config(text, overrides, source=str(path))
 
 
-def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "configuration") -> JobConfig:
-    """Parse a configuration from TOML text; see `load_config`."""
+def _tables(text: str, overrides: Sequence[str], source: str) -> dict[str, Any]:
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: is not valid TOML: {error}") from None
     for override in overrides:
         apply_override(tables, override)
+    return tables
+
+
+def _validated(kind: type[_Config], tables: dict[str, Any], source: str) -> _Config:
     try:
-        return JobConfig.model_validate(tables)
+        return kind.model_validate(tables)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        lines = [_explain(detail) for detail in details]
+        lines = [_explain(detail, kind) for detail in details]
         more = f"\n(and {len(lines) - 5} more)" if len(lines) > 5 else ""
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines[:5]) + more) from None
 
 
-def dump_config(config: JobConfig) -> str:
+def dump_config(config: AnyJobConfig) -> str:
     """The resolved configuration as TOML; parsing it gives the same configuration back."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
@@ -101,13 +147,13 @@ def _toml_value(raw: str) -> Any:
         return raw.strip()
 
 
-def _explain(detail: ErrorDetails) -> str:
+def _explain(detail: ErrorDetails, job: type[Settings]) -> str:
     """One error as: field = value: what is wrong; remedy."""
     field = ".".join(str(part) for part in detail["loc"])
     value = detail.get("input")
     kind = detail["type"]
     if kind == "extra_forbidden":
-        close = difflib.get_close_matches(str(detail["loc"][-1]), _names_beside(detail["loc"]), n=1)
+        close = difflib.get_close_matches(str(detail["loc"][-1]), _names_beside(detail["loc"], job), n=1)
         remedy = f"did you mean {close[0]!r}?" if close else "remove it"
         return f"{field} = {value!r}: there is no such setting; {remedy}"
     if kind == "missing":
@@ -126,9 +172,9 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _names_beside(location: tuple[int | str, ...]) -> Iterable[str]:
+def _names_beside(location: tuple[int | str, ...], job: type[Settings]) -> Iterable[str]:
     """The names of the settings in the table that holds the unknown one."""
-    table: Any = JobConfig
+    table: Any = job
     for part in location[:-1]:
         if isinstance(part, int) or table is None:
             continue

@@ -159,10 +159,28 @@ class LiveConsole:
             ("learner waits", Text(percent(wait_fraction(row)))),
             ("sync", Text(milliseconds(row.get("timing_s/sync")))),
             ("proof", Text(f"{number(row.get('sync/probe_max_abs_diff'))} nats apart")),
+            *((name, Text(text)) for name, text in overoptimisation(row)),
         ]
         if warm:
             cells = [("warm-up loss", Text(number(row.get("warmup/loss")), style="bold"))]
+        elif "preference/accuracy" in row:
+            cells = [
+                ("loss", Text(number(_loss(row)), style="bold")),
+                ("accuracy", Text(percent(row.get("preference/accuracy")))),
+                ("held out", Text(percent(row.get("preference/heldout_accuracy")))),
+            ]
+        elif _loss(row) is not None:
+            cells = [
+                ("loss", Text(number(_loss(row)), style="bold")),
+                ("held out", Text(number(row.get("supervised/heldout_loss")))),
+            ]
         return cells
+
+
+def _loss(row: Row) -> Value:
+    """What a job of the learner alone, or a warm-up, brings down."""
+    names = ("warmup/loss", "supervised/loss", "loss/preference")
+    return next((row[name] for name in names if name in row), None)
 
 
 class Progress:
@@ -206,15 +224,34 @@ class Progress:
         shown: Sequence[tuple[str, str | None]] = (
             ("reward", _if(row.get("reward/mean"))),
             ("held-out", _if(row.get("heldout/reward"))),
+            *overoptimisation(row),
             ("KL", _if(row.get("kl/sequence"))),
             ("lag", _if(row.get("lag/mean"))),
             ("tokens/s", _if(row.get("perf/tokens_per_s"))),
             ("learner-wait", None if wait is None else percent(wait)),
             ("sync", None if row.get("timing_s/sync") is None else milliseconds(row["timing_s/sync"])),
-            ("loss", _if(row.get("warmup/loss"))),
+            ("loss", _if(_loss(row))),
+            ("held-out loss", _if(row.get("supervised/heldout_loss"))),
+            ("accuracy", _if(row.get("preference/accuracy"))),
+            ("held-out accuracy", _if(row.get("preference/heldout_accuracy"))),
             ("left", clock(left) if left else None),
         )
         return "  ".join([self.label(), *(f"{name} {text}" for name, text in shown if text is not None)])
+
+
+def overoptimisation(row: Row) -> list[tuple[str, str]]:
+    """What a run shows of over-optimisation, as far as its row has it: names and values in words."""
+    root = "overoptimisation/"
+    shown = [
+        (name, with_interval(row.get(root + key), row.get(f"{root}{key}_ci95")))
+        for name, key in (("judge", "heldout"), ("gold", "gold"), ("gap", "gap"))
+        if row.get(root + key) is not None
+    ]
+    if shown:
+        shown.append(("√KL", number(row.get(f"{root}kl_sqrt"))))
+    if row.get(f"{root}disagreement") is not None:
+        shown.append(("disagreement", number(row[f"{root}disagreement"])))
+    return shown
 
 
 def wait_fraction(row: Row) -> float | None:

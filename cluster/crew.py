@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.scoring import ShippedModels
 from actors.shipping import ShippedFolder, ship
 from cluster.config import JobConfig
 from cluster.learner_group import LearnerGroup
@@ -14,6 +15,7 @@ from cluster.rollout_pool import RolloutPool
 from cluster.scoring_pool import ScoringPool
 from cluster.workers import WorkerFactory, stop_all
 from learner.worker import LearnerJob
+from rewards.model_reward import model_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +87,16 @@ class Crew:
 def shipped(config: JobConfig, folder: Path | None) -> ShippedFolder | None:
     """A model for hosts that have it not; None where all actors run on this one."""
     return ship(folder) if folder is not None and config.cluster.address else None
+
+
+def shipped_for_scoring(config: JobConfig, reference: Path) -> ShippedFolder | None:
+    """The reference and the reward models for hosts that have them not; None where all actors run here."""
+    base = shipped(config, reference)
+    if base is None:
+        return None
+    rewards = tuple(
+        (one.label, ship(model_folder(one.path, Path.cwd()), nested=True))
+        for one in config.reward
+        if one.kind == "model"
+    )
+    return ShippedModels(base.path, base.host, base.files, rewards)

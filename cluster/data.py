@@ -323,11 +323,15 @@ def load_demonstrations(
     quarantine: Quarantine,
     settings: DataSettings | None = None,
     taken: frozenset[tuple[int, ...]] = frozenset(),
+    field: str = "warmup.data",
+    from_hub: bool = False,
+    limit: int | None = None,
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Pairs (prompt ids, completion ids with the end token) from a file of `prompt` and `completion` rows.
 
     `settings` gives column names and the use of chat templates; without it the defaults hold. `taken` are
-    the held-out prompts: a demonstration of one is put aside.
+    the held-out prompts: a demonstration of one is put aside. `field` is the setting that names the file;
+    `from_hub`: a dataset's subset and revision are those of `settings`. No more than `limit` rows are read.
     """
     settings = settings or DataSettings.model_validate({"train": str(path)})
     if tokenizer.eos_token_id is None:
@@ -337,7 +341,10 @@ def load_demonstrations(
     encoder = Encoder(tokenizer, settings, max_length)
     reading = Reading(str(path), quarantine)
     pairs: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    for line, row in read_rows(str(path), reading, field="warmup.data", split=settings.train_split):
+    hub: dict[str, Any] = {"subset": settings.subset, "revision": settings.revision} if from_hub else {}
+    for line, row in read_rows(str(path), reading, field=field, split=settings.train_split, **hub):
+        if len(pairs) == limit:
+            break
         try:
             prompt, _ = encoder.prompt(row)
             completion = encoder.completion(row)
@@ -348,5 +355,5 @@ def load_demonstrations(
             reading.reject(line, bad, json.dumps(row, ensure_ascii=False))
         else:
             pairs.append((prompt, completion))
-    reading.require_good(len(pairs), "warmup.data")
+    reading.require_good(len(pairs), field)
     return pairs

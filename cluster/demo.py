@@ -1,98 +1,132 @@
-"""`headrace demo`: the main job on a model made from scratch, and its answers before and after."""
+"""`headrace demo`: from demonstrations and noisy preferences to a better policy, in public commands."""
 
+import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config_file import parse_config
-from cluster.job import run_job
+from cluster.config_file import ConfigError, parse_job
+from cluster.demo_stages import HELDOUT_MODEL, IMITATION, LABELS, PPO, REWARD_MODEL, STAGES, Plan
+from cluster.evaluation import Evaluation, paired_gain
+from cluster.heldout import EVALUATION_AFTER, EVALUATION_BEFORE
 from cluster.monitor import read_rows
+from rewards.settings import TaskSettings
+from rewards.tasks.registry import get_task
 
-# Spell eight letters backwards. A 0.8M-parameter Llama learns the task from demonstrations of which 30 % are
-# wrong, then PPO raises the gold reward: the share of letters that are right before the first wrong one.
-DEMO_CONFIG = """
-objective = "ppo"
-
-[run]
-name = "demo"
-steps = 40
-batch_size = 256
-checkpoint_every = 20
-
-[model.scratch]
-hidden_size = 128
-layers = 4
-heads = 4
-max_length = 64
-
-[task]
-kind = "reversal"
-length = 8
-train_size = 8192
-heldout_size = 256
-demonstrations = 8192
-corruption = 0.3
-
-[warmup]
-steps = 160
-batch_size = 128
-lr = 2.5e-3
-
-[[reward]]
-kind = "task"
-name = "gold"
-
-[rollout]
-actors = 1
-group_size = 8
-max_new_tokens = 12
-max_groups_in_flight = 64
-max_num_seqs = 256
-
-[scheduler]
-window = 1
-
-[learner]
-threads = 2
-
-[optimizer]
-lr = 2e-4
-critic_lr = 5e-4
-warmup_updates = 10
-schedule = "linear"
-
-[ppo]
-minibatches = 2
-value_coef = 0.5
-kl_coef = 0.05
-"""
 _SHOWN = 8
+_WIDTH = 110  # of what is no terminal
+_PROMPTS = 512  # whose candidate responses are labelled; those of held-out evaluations are others
+_MEANING = {
+    "proxy": "the reward model that PPO optimises",
+    "twin": "its held-out twin, of other labels",
+    "gold": "what is truly wanted",
+}
+Command = Callable[[list[str]], int]
 
 
-def run_demo(overrides: Sequence[str], run_dir: Path) -> dict[str, Any]:
-    """Run the demo, then print what it changed. Gives the run's summary."""
-    summary = run_job(parse_config(DEMO_CONFIG, overrides, source="demo"), run_dir)
-    console = Console(file=sys.stdout)
-    if summary["status"] == "completed":
-        show_samples(console, run_dir)
-        show_gain(console, summary, run_dir)
-    return summary
+def run_demo(options: argparse.Namespace, run_dir: Path, command: Command) -> int:
+    """Run every stage with `command`, which takes the words of a headrace command; gives the exit status.
+
+    Raises ValueError for what the user can mend, before anything starts.
+    """
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ConfigError(f"--run-dir {run_dir}: is not an empty folder; name a new one")
+    plan = Plan(run_dir, options.seed, options.pairs, options.length_bias)
+    overrides = by_stage(options.overrides)
+    _check(plan, overrides)
+    _make_folders(plan)
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    policy = _placeholder(plan)
+    for number, stage in enumerate(STAGES, start=1):
+        if stage == LABELS:
+            policy = _policy(plan)
+            _write_prompts(plan)
+            words = plan.labelling(policy, overrides[LABELS])
+        else:
+            _write(plan.file(stage), plan.configurations(policy)[stage])
+            words = [plan.train(stage, overrides[stage])]
+        console.rule(f"{number} of {len(STAGES)}: {stage}", align="left")
+        for one in words:
+            console.print(f"$ headrace {' '.join(one)}", style="dim", soft_wrap=True, markup=False)
+            if status := command(one):
+                console.print(f"The demo ends here: stage {stage} did not complete.", markup=False)
+                return status
+    _show_samples(console, run_dir)
+    _show_rewards(console, plan)
+    return 0
 
 
-def show_samples(console: Console, run_dir: Path) -> None:
-    """Held-out answers before and after training, side by side."""
+def by_stage(overrides: list[str]) -> dict[str, list[str]]:
+    """`STAGE/section.key=value` by stage; without a stage an override is PPO's."""
+    found: dict[str, list[str]] = {stage: [] for stage in STAGES}
+    for override in overrides:
+        stage, slash, rest = override.partition("/")
+        if not slash or "=" in stage:  # the stroke is part of the value
+            stage, rest = PPO, override
+        if stage not in STAGES:
+            raise ConfigError(f"--set {override}: {stage!r} is no stage; use one of {', '.join(STAGES)}")
+        found[stage].append(rest)
+    return found
+
+
+def _check(plan: Plan, overrides: dict[str, list[str]]) -> None:
+    """Refuse now what a later stage would refuse."""
+    if plan.pairs < 20:
+        raise ConfigError(f"--pairs {plan.pairs}: two reward models need more labels; use 20 or more")
+    for stage, text in plan.configurations(_placeholder(plan)).items():
+        parse_job(text, overrides[stage], source=f"demo, stage {stage}")
+
+
+def _make_folders(plan: Plan) -> None:
+    for folder in (plan.run_dir, plan.stages, plan.folder(LABELS)):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _placeholder(plan: Plan) -> Path:
+    return plan.folder(IMITATION) / "policy"
+
+
+def _policy(plan: Plan) -> Path:
+    """What the imitation left: the policy in its last checkpoint."""
+    root = plan.folder(IMITATION) / "checkpoints"
+    pointer = json.loads((root / "latest.json").read_text(encoding="utf-8"))
+    return root / str(pointer["folder"]) / "policy"
+
+
+def _write(path: Path, text: str) -> None:
+    with os.fdopen(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+    ) as file:
+        file.write(text)
+
+
+def _write_prompts(plan: Plan) -> None:
+    """Training prompts of the task whose candidates are labelled."""
+    settings = parse_job(plan.file(IMITATION).read_text(encoding="utf-8")).model_dump()["task"]
+    rows = get_task(settings["kind"]).generate(TaskSettings(**settings)).train[:_PROMPTS]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    _write(plan.folder(LABELS) / "prompts.jsonl", text)
+
+
+# ---- what came of it --------------------------------------------------------------------------------------
+
+
+def _show_samples(console: Console, run_dir: Path) -> None:
+    """Held-out answers before and after PPO, side by side."""
     by_phase: dict[str, dict[str, dict[str, Any]]] = {"before": {}, "after": {}}
     for row in read_rows(run_dir / "samples.jsonl"):
         if row.get("phase") in by_phase:
             by_phase[row["phase"]][row["prompt_id"]] = row
     table = Table(title="Held-out prompts, before and after PPO", title_justify="left")
-    for name in ("prompt", "before", "reward", "after", "reward"):
-        table.add_column(name, justify="right" if name == "reward" else "left", no_wrap=True)
+    for name in ("prompt", "before", "proxy", "after", "proxy"):
+        table.add_column(name, justify="right" if name == "proxy" else "left", no_wrap=True)
     common = [key for key in by_phase["before"] if key in by_phase["after"]]
     for key in common[:_SHOWN]:
         before, after = by_phase["before"][key], by_phase["after"][key]
@@ -106,21 +140,38 @@ def show_samples(console: Console, run_dir: Path) -> None:
     console.print(table, markup=False)
 
 
-def show_gain(console: Console, summary: dict[str, Any], run_dir: Path) -> None:
-    """The gain with its interval, and where everything is."""
-    low, high = summary["reward_gain_ci95"]
-    console.print(
-        f"Held-out gold reward: {summary['reward_initial']:.3f} before, {summary['reward_final']:.3f} after; "
-        f"gain {summary['reward_gain']:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] over "
-        f"{summary['heldout_prompts']} prompts, in {summary['wall_s']:.0f} s.",
-        highlight=False,
-        soft_wrap=True,
-    )
+def _show_rewards(console: Console, plan: Plan) -> None:
+    """Each reward before and after with the interval of its gain, and where everything is."""
+    run_dir = plan.run_dir
+    before, after = (Evaluation.load(run_dir / name) for name in (EVALUATION_BEFORE, EVALUATION_AFTER))
+    table = Table(title=f"Means over {len(after.rewards)} held-out prompts", title_justify="left")
+    for name in ("reward", "before", "after", "gain, 95 % interval", ""):
+        table.add_column(name, justify="left" if name in ("reward", "") else "right", no_wrap=True)
+    for label, meaning in _MEANING.items():
+        gain = paired_gain(_alone(before, label), _alone(after, label))
+        table.add_row(
+            label,
+            f"{before.mean_of(label):.3f}",
+            f"{after.mean_of(label):.3f}",
+            f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]",
+            meaning,
+        )
+    console.print(table, markup=False)
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    for verdict in summary["verdicts"]:
+        console.print(f"Step {verdict['step']}, {verdict['rule']}: {verdict['reason']}", markup=False)
+    models = ((REWARD_MODEL, "reward model"), (HELDOUT_MODEL, "held-out reward model"))
+    for stage, name in models:
+        accuracy = json.loads((plan.folder(stage) / "summary.json").read_text(encoding="utf-8"))["accuracy"]
+        console.print(f"Held-out accuracy of the {name}: {accuracy:.3f}", markup=False)
     pointer = json.loads((run_dir / "checkpoints" / "latest.json").read_text(encoding="utf-8"))
-    console.print(f"Report: {run_dir / 'report.html'}", highlight=False, soft_wrap=True)
-    console.print(
-        f"Model:  {run_dir / 'checkpoints' / pointer['folder'] / 'policy'}", highlight=False, soft_wrap=True
-    )
+    policy = run_dir / "checkpoints" / pointer["folder"] / "policy"
+    console.print(f"Report: {run_dir / 'report.html'}\nModel:  {policy}", soft_wrap=True, markup=False)
+
+
+def _alone(evaluation: Evaluation, label: str) -> Evaluation:
+    """The evaluation as if this were its only reward."""
+    return replace(evaluation, rewards=evaluation.components[label])
 
 
 def _plain(text: str) -> str:

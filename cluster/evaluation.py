@@ -1,16 +1,21 @@
-"""Held-out evaluation: reward on prompts that are never trained on, and the gain with its interval."""
+"""Held-out evaluation: rewards on prompts that are never trained on, and the gain with its interval.
+
+prompts ─► rollout actors ─► scoring actors ─► Evaluation ─► metrics, samples, over-optimisation
+                             (rewards of role `evaluate` too)
+"""
 
 import asyncio
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
-from actors.records import Group, Prompt, RewardFailure, SampledGroup, SampleRequest
+from actors.records import Group, Prompt, RewardFailure, SampledGroup, SampleRequest, Trajectory
 from actors.settings import RolloutSettings
 from cluster.remote import WorkerFailedError, WorkerLostError
 from cluster.rollout_pool import RolloutPool
@@ -36,7 +41,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Mean reward of each held-out prompt that could be scored, by prompt id; the first sample of each."""
+    """Mean reward of each held-out prompt that could be scored, by prompt id; the first sample of each.
+
+    `rewards` is the training reward. `components` has the same means of every single reward, and of every
+    number that it logs beside, by name: those of role `evaluate` are there and nowhere else. `kl_k3` is the
+    mean over samples of Σ_t (e^(−δ) − 1 + δ), δ = log μ − log π_ref, which is never negative; `entropy` is
+    −mean log μ over tokens, an estimate of the policy's entropy from its own samples.
+    """
 
     version: int
     rewards: dict[str, float]
@@ -44,23 +55,43 @@ class Evaluation:
     reward_errors: int
     kl_per_sequence: float
     mean_length: float
+    components: dict[str, dict[str, float]] = field(default_factory=dict)
+    kl_k3: float | None = None
+    entropy: float | None = None
+    finished_fraction: float | None = None
 
     @property
     def mean(self) -> float:
         """Mean over prompts."""
         return float(np.mean(list(self.rewards.values())))
 
-    def metrics(self) -> dict[str, float]:
-        """As values of a row of metrics."""
-        values = np.array(list(self.rewards.values()))
+    def mean_of(self, label: str) -> float | None:
+        """Mean over prompts of one reward, by its label; None if it was not asked."""
+        found = self.components.get(label)
+        return float(np.mean(list(found.values()))) if found else None
+
+    def metrics(self, evaluated: Iterable[str] = ()) -> dict[str, float]:
+        """As values of a row of metrics; `evaluated` are the labels of the rewards of role `evaluate`."""
         row = {
             "heldout/reward": self.mean,
             "heldout/kl_sequence": self.kl_per_sequence,
             "heldout/response_tokens": self.mean_length,
             "heldout/reward_errors": self.reward_errors,
         }
-        if len(values) > 1:
-            row["heldout/reward_ci95"] = _half_width(values)
+        measured = {
+            "heldout/kl_sequence_k3": self.kl_k3,
+            "heldout/entropy": self.entropy,
+            "heldout/finished_fraction": self.finished_fraction,
+        }
+        row |= {name: value for name, value in measured.items() if value is not None}
+        row |= _with_interval("heldout/reward", self.rewards)
+        alone = set(evaluated)
+        for label, means in self.components.items():
+            owner = label.split("/")[0]
+            name = f"heldout/{label}" if owner in alone else f"heldout/reward/{label}"
+            row[name] = float(np.mean(list(means.values())))
+            if label in alone:
+                row |= _with_interval(name, means)
         return row
 
     def to_json(self) -> str:
@@ -97,11 +128,17 @@ def paired_gain(before: Evaluation, after: Evaluation) -> Gain:
     mean = float(difference.mean())
     if len(common) < 2:
         return Gain(mean, -math.inf, math.inf, len(common))
-    half = _half_width(difference)
+    half = half_width(difference)
     return Gain(mean, mean - half, mean + half, len(common))
 
 
-def _half_width(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+def _with_interval(name: str, means: Mapping[str, float]) -> dict[str, float]:
+    """The half width of the interval of a mean over prompts, if there are two of them."""
+    values = np.array(list(means.values()))
+    return {f"{name}_ci95": half_width(values)} if len(values) > 1 else {}
+
+
+def half_width(values: NDArray[np.float64]) -> float:
     """t_{.975, n−1}·s/√n, half of the 95 % interval of a mean of n ≥ 2 values."""
     n = len(values)
     return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
@@ -128,7 +165,7 @@ async def evaluate(
                 _FIRST_ID - index, prompt, samples, settings.max_new_tokens, settings.temperature
             )
             sampled = await _sample(rollouts, request, settings.max_attempts)
-        return await scoring.score(sampled)
+        return await scoring.score(replace(sampled, evaluation=True))
 
     answers = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
     return summarise(answers, version)
@@ -159,17 +196,43 @@ def summarise(answers: Sequence[Group | RewardFailure], version: int) -> Evaluat
             f"{failures[0].prompt_id}: {failures[0].reason}"
         )
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    kl = [
-        sum(t.completion.logprobs) - sum(t.reference_logprobs) for t in trajectories
-    ]  # k1 against the reference, from the sampler's own log-probabilities
+    k1, k3 = zip(*(_kl(trajectory) for trajectory in trajectories), strict=True)
+    logprobs = [logprob for t in trajectories for logprob in t.completion.logprobs]
     return Evaluation(
         version=version,
         rewards={g.prompt.id: float(np.mean([t.reward for t in g.trajectories])) for g in groups},
         samples=[_first_sample(group) for group in groups],
         reward_errors=len(failures),
-        kl_per_sequence=float(np.mean(kl)),
+        kl_per_sequence=float(np.mean(k1)),
         mean_length=float(np.mean([len(t.completion.token_ids) for t in trajectories])),
+        components=_component_means(groups),
+        kl_k3=float(np.mean(k3)),
+        entropy=-float(np.mean(logprobs)),
+        finished_fraction=float(np.mean([t.completion.finished for t in trajectories])),
     )
+
+
+def _kl(trajectory: Trajectory) -> tuple[float, float]:
+    """k1 and k3 of a sequence against the reference, from the sampler's own log-probabilities.
+
+    With δ_t = log μ − log π_ref of a token: k1 = Σ δ_t, k3 = Σ (e^(−δ_t) − 1 + δ_t). Both estimate
+    KL(μ‖π_ref) without bias; k3 is never negative (Schulman, "Approximating KL divergence").
+    """
+    delta = np.array(trajectory.completion.logprobs) - np.array(trajectory.reference_logprobs)
+    return float(delta.sum()), float((np.expm1(-delta) + delta).sum())
+
+
+def _component_means(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
+    """Mean of every component over the samples of each prompt that have it: label → prompt id → mean."""
+    found: dict[str, dict[str, float]] = {}
+    for group in groups:
+        values: dict[str, list[float]] = {}
+        for trajectory in group.trajectories:
+            for label, value in trajectory.components.items():
+                values.setdefault(label, []).append(value)
+        for label, several in values.items():
+            found.setdefault(label, {})[group.prompt.id] = float(np.mean(several))
+    return found
 
 
 def _first_sample(group: Group) -> Sample:

@@ -7,28 +7,54 @@ fails later ends the run with one logged cause, a summary with status `failed`, 
 import asyncio
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cluster import checkpoint
 from cluster.config import JobConfig
-from cluster.config_file import ConfigError
+from cluster.config_file import AnyJobConfig, ConfigError
+from cluster.heldout import EVALUATION_AFTER
 from cluster.monitor import Monitor
 from cluster.monitor_settings import AlertKind
 from cluster.placement import ray_session
 from cluster.prepare import Prepared, prepare
 from cluster.redact import scrub
 from cluster.report import write_report
+from cluster.reward_job.config import RewardJobConfig
 from cluster.run_folder import RunFolder
-from cluster.training import EVALUATION_AFTER, TrainingRun
+from cluster.supervised_job.config import SupervisedJobConfig
+from cluster.training import TrainingRun
 
 
-def run_job(config: JobConfig, run_dir: Path, *, resume: bool = False) -> dict[str, Any]:
+class Run(Protocol):
+    """A run of any objective."""
+
+    run_dir: Path
+
+    @property
+    def step(self) -> int:
+        """Learner steps begun so far."""
+
+    async def run(self, monitor: Monitor, *, cuda: bool) -> bool:
+        """Run to the end; true if a stop was asked for on the way."""
+
+
+def run_job(config: AnyJobConfig, run_dir: Path, *, resume: bool = False) -> dict[str, Any]:
     """Run a job in `run_dir` and give its summary, which is also in `summary.json`.
 
     Raises ValueError for what the user can mend, before any actor starts. A later failure does not raise: the
     summary's `status` is then "failed" and its `error` the cause.
     """
+    if isinstance(config, RewardJobConfig):
+        from cluster.reward_job.job import run_reward_job
+
+        return run_reward_job(config, run_dir, resume=resume)
+    if isinstance(config, SupervisedJobConfig):
+        from cluster.supervised_job.job import run_supervised_job
+
+        return run_supervised_job(config, run_dir, resume=resume)
     started = time.perf_counter()
     folder = RunFolder(run_dir, config, resume=resume)
     try:
@@ -70,7 +96,7 @@ def _run_and_report(
         resume_from=job.first_step if found else None,
     ) as monitor:
         _announce(monitor, prepared, found)
-        outcome = _run_and_catch(job, monitor)
+        outcome = run_and_catch(job, monitor, lambda: ray_session(config, run_dir))
         summary = job.summary() | outcome | {"wall_s": time.perf_counter() - started}
         monitor.summary(summary)
         report = write_report(run_dir)
@@ -98,10 +124,12 @@ def _announce(monitor: Monitor, prepared: Prepared, resume_from: tuple[Path, lis
         monitor.alert("restart", f"resuming from {folder.name}")
 
 
-def _run_and_catch(job: TrainingRun, monitor: Monitor) -> dict[str, Any]:
-    """Run the job; what happened as status and error."""
+def run_and_catch(
+    job: Run, monitor: Monitor, session: Callable[[], AbstractContextManager[bool]]
+) -> dict[str, Any]:
+    """Run the job within a session of Ray, which tells whether it is on CUDA; status and error."""
     try:
-        with ray_session(job.config, job.run_dir) as cuda:
+        with session() as cuda:
             stopped = asyncio.run(job.run(monitor, cuda=cuda))
     except (KeyboardInterrupt, asyncio.CancelledError):
         monitor.alert("stop", f"interrupted at step {job.step}, without waiting for it")

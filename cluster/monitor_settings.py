@@ -6,7 +6,7 @@ from pydantic import Field
 
 from rewards.settings import Settings
 
-AlertKind = Literal["restart", "sync", "stop", "failure", "reward"]
+AlertKind = Literal["restart", "sync", "stop", "failure", "reward", "overoptimisation"]
 
 
 class MonitorSettings(Settings):

@@ -16,9 +16,10 @@ import numpy as np
 import ray
 from ray._private import ray_constants
 
-from cluster.config import JobConfig
+from cluster.config import ClusterSettings, JobConfig
 from cluster.prepare import Prepared
 from learner.publish import resolve_backend
+from learner.settings import LearnerSettings
 from learner.worker import LearnerJob
 
 _GIB = 1024**3
@@ -94,9 +95,30 @@ def ray_session(config: JobConfig, run_dir: Path) -> Iterator[bool]:
 
     Raises PlacementError, before any actor starts, if the cluster is too small.
     """
+    with _connected(config.cluster, run_dir, cores=needed_resources(config, gpus=0).cores):
+        cuda = _use_cuda(config.learner)
+        gpus = usable_gpus(cuda)
+        sync_backend(config, gpus)  # refuses here what cannot work
+        _check_resources(needed_resources(config, gpus=gpus))
+        yield cuda
+
+
+@contextmanager
+def learner_session(learner: LearnerSettings, cluster: ClusterSettings, run_dir: Path) -> Iterator[bool]:
+    """The same for a job of learner ranks alone."""
+    cores = learner.ranks * learner.cores
+    with _connected(cluster, run_dir, cores=cores):
+        cuda = _use_cuda(learner)
+        _check_resources(Resources(cores, learner.ranks if cuda else 0))
+        yield cuda
+
+
+@contextmanager
+def _connected(settings: ClusterSettings, run_dir: Path, *, cores: float) -> Iterator[None]:
+    """Ray, the cluster's or a private one that promises so many cores."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = config.cluster.address
+    address = settings.address
     if address:
         if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
             raise PlacementError(
@@ -105,27 +127,22 @@ def ray_session(config: JobConfig, run_dir: Path) -> Iterator[bool]:
             )
         ray.init(address=address, namespace="headrace", log_to_driver=False, logging_level=logging.ERROR)
     else:
-        _start_private_ray(config)
+        _start_private_ray(settings, cores)
     try:
         _link_logs(run_dir)
-        cuda = _use_cuda(config)
-        gpus = usable_gpus(cuda)
-        sync_backend(config, gpus)  # refuses here what cannot work
-        _check_resources(needed_resources(config, gpus=gpus))
-        yield cuda
+        yield
     finally:
         ray.shutdown()
 
 
-def _start_private_ray(config: JobConfig) -> None:
+def _start_private_ray(settings: ClusterSettings, cores: float) -> None:
     """A Ray of this job's own, which nobody on another machine, or of another user, can reach."""
-    # A private Ray may promise more cores than there are: the actors then share them.
-    asked = needed_resources(config, gpus=0).cores
     with _loopback_only(), _private_files():
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(asked)),
-            object_store_memory=int(config.cluster.object_store_gib * _GIB),
+            # A private Ray may promise more cores than there are: the actors then share them.
+            num_cpus=max(os.cpu_count() or 1, math.ceil(cores)),
+            object_store_memory=int(settings.object_store_gib * _GIB),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -188,13 +205,13 @@ def usable_gpus(cuda: bool) -> float:
     return float(ray.cluster_resources().get("GPU", 0)) if cuda else 0.0
 
 
-def _use_cuda(config: JobConfig) -> bool:
+def _use_cuda(learner: LearnerSettings) -> bool:
     available = ray.cluster_resources().get("GPU", 0) > 0
-    if config.learner.device == "cuda" and not available:
+    if learner.device == "cuda" and not available:
         raise PlacementError(
             'learner.device = "cuda", but Ray sees no GPU; set it to "cpu" or "auto", or add GPU hosts'
         )
-    return available and config.learner.device != "cpu"
+    return available and learner.device != "cpu"
 
 
 def _check_resources(needed: Resources) -> None:

@@ -14,6 +14,8 @@ from cluster.config import JobConfig
 from cluster.data import DataSettings, PromptData, Quarantine, load_demonstrations, load_prompts
 from cluster.data_files import Reading, read_rows
 from cluster.scratch import alphabet_of, build_scratch_model
+from learner.reward_settings import BackboneSettings
+from learner.settings import ModelSettings
 from rewards.build import build_reward, check_row, required_columns
 from rewards.tasks.registry import get_task
 
@@ -46,9 +48,9 @@ def prepare(config: JobConfig, run_dir: Path) -> Prepared:
     data, demonstration_file = _data_settings(config, inputs)
     model_path = _model_folder(config, data, demonstration_file, inputs)
     quarantine = Quarantine(run_dir / "quarantine.jsonl")
-    tokenizer = _load_tokenizer(model_path)
-    policy = _load_config("model.path", model_path)
-    max_length = _max_length(config, policy)
+    tokenizer = load_tokenizer(model_path)
+    policy = load_model_config("model.path", model_path)
+    max_length = longest_sequence(config.model, policy)
     reference_path, critic_path = (
         _other_model(config, field, policy, max_length) for field in ("reference", "critic")
     )
@@ -124,7 +126,7 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _model_folder(config: JobConfig, data: DataSettings, demonstration_file: str, inputs: Path) -> Path:
     model = config.model
     if model.scratch is None:
-        return _resolve("model.path", model.path, model.revision)
+        return resolve_model("model.path", model.path, model.revision)
     if config.task is not None:
         alphabet = get_task(config.task.kind).alphabet()
     else:
@@ -150,17 +152,17 @@ def _alphabet(config: JobConfig, data: DataSettings, demonstration_file: str, in
     for field, name, split, where in sources:
         if name:
             rows = read_rows(name, Reading(name, quarantine), field=field, split=split, **where)
-            texts += [text for _, row in rows for column in columns for text in _texts(row.get(column))]
+            texts += [text for _, row in rows for column in columns for text in texts_of(row.get(column))]
     quarantine.path.unlink()
     return alphabet_of(texts) or " "
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_of(value: Any) -> Iterator[str]:
     """What a policy reads or writes of a column's value: a text, a number, or the text of chat messages."""
     if isinstance(value, list):
         for message in value:
             if isinstance(message, dict):
-                yield from _texts(message.get("content"))
+                yield from texts_of(message.get("content"))
     elif isinstance(value, str | int | float):
         yield str(value)
 
@@ -172,8 +174,8 @@ def _other_model(config: JobConfig, key: str, policy: Any, max_length: int) -> P
         return None
     field = f"model.{key}"
     revision = config.model.revision if name == config.model.path else None
-    folder = _resolve(field, name, revision)
-    other = _load_config(field, folder).get_text_config()
+    folder = resolve_model(field, name, revision)
+    other = load_model_config(field, folder).get_text_config()
     mine = policy.get_text_config()
     sizes = getattr(mine, "vocab_size", None), getattr(other, "vocab_size", None)
     if None not in sizes and sizes[0] != sizes[1]:
@@ -190,7 +192,7 @@ def _other_model(config: JobConfig, key: str, policy: Any, max_length: int) -> P
     return folder
 
 
-def _resolve(field: str, name: str, revision: str | None) -> Path:
+def resolve_model(field: str, name: str, revision: str | None) -> Path:
     """A folder here, or the hub's model of that name, with weights that need no pickle."""
     folder = Path(name).expanduser()
     folder = folder.resolve() if folder.is_dir() else _download(field, name, revision)
@@ -217,7 +219,8 @@ def _download(field: str, name: str, revision: str | None) -> Path:
         ) from None
 
 
-def _load_tokenizer(model_path: Path) -> Any:
+def load_tokenizer(model_path: Path) -> Any:
+    """The tokenizer beside a model; ValueError if there is none, or it cannot end a response."""
     from transformers import AutoTokenizer
 
     try:
@@ -235,7 +238,8 @@ def _load_tokenizer(model_path: Path) -> Any:
     return tokenizer
 
 
-def _load_config(field: str, folder: Path) -> Any:
+def load_model_config(field: str, folder: Path) -> Any:
+    """A folder's configuration, as transformers knows it; ValueError if it does not."""
     from transformers import AutoConfig
 
     try:
@@ -247,9 +251,10 @@ def _load_config(field: str, folder: Path) -> Any:
         ) from None
 
 
-def _max_length(config: JobConfig, policy: Any) -> int:
-    limit = getattr(policy.get_text_config(), "max_position_embeddings", None)
-    wanted = config.model.max_length
+def longest_sequence(model: ModelSettings | BackboneSettings, config: Any) -> int:
+    """Prompt plus response in tokens: what is set, or what the model's configuration allows."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    wanted = model.max_length
     if wanted is None and limit is None:
         raise ValueError("model.max_length is missing, and the model's configuration states no limit: set it")
     if wanted is not None and limit is not None and wanted > limit:

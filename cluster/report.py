@@ -10,6 +10,7 @@ import tomli_w
 
 from cluster.console import clock, number
 from cluster.figures import Picture, draw_all
+from cluster.figures_overoptimisation import SERIES, curves, draw_overoptimisation
 from cluster.monitor import write_atomically
 from cluster.report_data import RunData, load_run
 
@@ -22,7 +23,8 @@ def write_report(run_dir: Path) -> Path:
     """Write the report of a finished, running or killed run; returns its path."""
     run = load_run(run_dir)
     path = run_dir / REPORT
-    write_atomically(path, page(run, draw_all(run)))
+    pictures = draw_all(run)
+    write_atomically(path, page(run, [*pictures[:1], *draw_overoptimisation(run), *pictures[1:]]))
     return path
 
 
@@ -35,6 +37,7 @@ def page(run: RunData, pictures: Sequence[Picture]) -> str:
         '<section class="pictures">',
         *(_figure(picture) for picture in pictures),
         "</section>",
+        _over_optimisation(run),
         _samples(run),
         _quarantine(run),
         _details("All of summary.json", _table(_numbers(run.summary))) if run.summary else "",
@@ -86,6 +89,10 @@ def _cards(run: RunData) -> str:
         cards.append(
             ("tokens trained", number(s["tokens_trained"]), f"{number(s.get('tokens_generated'))} sampled")
         )
+    if isinstance(best := s.get("best"), dict) and best.get("step") is not None:
+        cards.append(("best evaluation", f"step {number(best['step'])}", f"by {best.get('by')}"))
+    if s.get("stop_rule"):
+        cards.append(("stopped by", str(s["stop_rule"]).replace("_", " "), "a rule of [stop]"))
     if s.get("sync_probe_max_abs_diff") is not None:
         seen = number(s["sync_probe_max_abs_diff"])
         cards.append(("weight sync proof", seen, f"nats apart at most; {run.tolerance:g} allowed"))
@@ -138,7 +145,12 @@ def _what_was_run(run: RunData) -> str:
         shown["reward"] = ", ".join(
             f"{r.get('weight', 1.0):g} × {r.get('name') or r.get('kind')}"
             for r in rewards
-            if isinstance(r, dict)
+            if isinstance(r, dict) and r.get("role") != "evaluate"
+        )
+        shown["held-out rewards"] = ", ".join(
+            str(r.get("name") or r.get("kind"))
+            for r in rewards
+            if isinstance(r, dict) and r.get("role") == "evaluate"
         )
     known = {label: value for label, value in shown.items() if value not in (None, "")}
     if scratch := run.setting("model.scratch"):
@@ -156,6 +168,57 @@ def _figure(picture: Picture) -> str:
         f'<img alt="{_text(picture.title)}" src="data:image/svg+xml;base64,{data}">'
         f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
     )
+
+
+def _over_optimisation(run: RunData) -> str:
+    """What the rules said, and Gao's curves in numbers."""
+    verdicts = [d for d in run.decisions if d.get("setting") == "stop"]
+    said = "".join(
+        f"<li><b>Step {_text(v.get('learner_step'))}: {_text(str(v.get('rule')).replace('_', ' '))} "
+        f"{'stopped the run' if _stopped(run, v) else 'warned'}.</b> {_text(v.get('reason'))} "
+        f"<i>What it cannot see: {_text(v.get('blind_spot'))}</i></li>"
+        for v in verdicts
+    )
+    fits = _fits(run)
+    if not said and not fits:
+        return ""
+    table = (
+        "<p>Gao's form R(d) = d(α − β log d), d = √KL, through the first evaluation, with 95 % intervals:</p>"
+        '<div class="scroll"><table><thead><tr><th>reward</th><th>α</th><th>β</th><th>highest at KL</th>'
+        f"<th>turned over</th></tr></thead><tbody>{fits}</tbody></table></div>"
+        if fits
+        else ""
+    )
+    return f"<section><h2>Over-optimisation</h2>{f'<ul>{said}</ul>' if said else ''}{table}</section>"
+
+
+def _stopped(run: RunData, verdict: Mapping[str, Any]) -> bool:
+    """Whether it is the one that ended the run."""
+    return (
+        verdict.get("action") == "stop"
+        and verdict.get("rule") == run.summary.get("stop_rule")
+        and verdict.get("learner_step") == run.summary.get("steps", run.steps_done)
+    )
+
+
+def _fits(run: RunData) -> str:
+    rows = ""
+    found = curves(run)
+    for name, _, label in SERIES:
+        fit = found[name].fit() if name in found and len(found) > 1 else None
+        if fit is None:
+            continue
+        peak = "none" if fit.peak is None else number(fit.peak**2)
+        turned = "yes" if fit.turns_over(max(found[name].d) ** 2) else "not shown"
+        cells = (
+            label,
+            f"{number(fit.alpha)} ({number(fit.alpha_low)} to {number(fit.alpha_high)})",
+            f"{number(fit.beta)} ({number(fit.beta_low)} to {number(fit.beta_high)})",
+            peak,
+            turned,
+        )
+        rows += "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
+    return rows
 
 
 def _samples(run: RunData) -> str:
@@ -201,8 +264,9 @@ def _table(values: Mapping[str, Any]) -> str:
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary without what a picture shows better."""
-    return {key: value for key, value in summary.items() if key != "length_histogram"}
+    """The summary without what a picture or a section shows better."""
+    elsewhere = ("length_histogram", "verdicts")
+    return {key: value for key, value in summary.items() if key not in elsewhere}
 
 
 def _plain(value: Any) -> str:

@@ -8,43 +8,71 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from cluster.config import JobConfig
-from cluster.config_file import ConfigError, dump_config
+from cluster.config_file import AnyJobConfig, ConfigError, dump_config
 
 CONFIG = "config.toml"
 INPUTS = "inputs"
 QUARANTINE = "quarantine.jsonl"
+STAGES = "stages"
 _LOCK = ".lock"
 # A resumed run may be longer, faster or watched differently; what it learns from must be the same.
-_MUST_MATCH = (
-    "objective",
-    "model",
-    "task",
-    "data",
-    "warmup",
-    "reward",
-    "ppo",
-    "optimizer.betas",
-    "optimizer.eps",
-    "optimizer.weight_decay",
-    "scoring.missing_eos_penalty",
-    "run.seed",
-    "run.batch_size",
-    "run.evaluate_prompts",
-    "run.evaluate_samples",
-    "rollout.group_size",
-    "rollout.max_new_tokens",
-    "rollout.temperature",
-    "learner.ranks",
-    "learner.zero_stage",
-    "learner.precision",
-)
+_MUST_MATCH = {
+    "ppo": (
+        "objective",
+        "model",
+        "task",
+        "data",
+        "warmup",
+        "reward",
+        "ppo",
+        "optimizer.betas",
+        "optimizer.eps",
+        "optimizer.weight_decay",
+        "scoring.missing_eos_penalty",
+        "run.seed",
+        "run.batch_size",
+        "run.evaluate_prompts",
+        "run.evaluate_samples",
+        "rollout.group_size",
+        "rollout.max_new_tokens",
+        "rollout.temperature",
+        "learner.ranks",
+        "learner.zero_stage",
+        "learner.precision",
+    ),
+    "supervised": (
+        "objective",
+        "model",
+        "task",
+        "data",
+        "supervised",
+        "run.seed",
+        "run.steps",
+        "run.batch_size",
+        "learner.ranks",
+        "learner.zero_stage",
+        "learner.precision",
+    ),
+    "reward_model": (
+        "objective",
+        "model",
+        "preferences",
+        "reward_model",
+        "optimizer",
+        "run.seed",
+        "run.epochs",
+        "run.batch_size",
+        "learner.ranks",
+        "learner.zero_stage",
+        "learner.precision",
+    ),
+}
 
 
 class RunFolder:
     """The folder of one run, locked by this process until `close`."""
 
-    def __init__(self, run_dir: Path, config: JobConfig, *, resume: bool) -> None:
+    def __init__(self, run_dir: Path, config: AnyJobConfig, *, resume: bool) -> None:
         """Make the folder (mode 0700) and write the resolved configuration, or check it against a resume.
 
         Raises ConfigError where the folder holds other things, its run is still going on, or a resume changes
@@ -57,7 +85,7 @@ class RunFolder:
             raise ConfigError(
                 f"--resume: {run_dir} holds no run to resume; check --run-dir or leave out --resume"
             )
-        if not resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if not resume and run_dir.exists() and (not run_dir.is_dir() or _holds_other_things(run_dir)):
             raise ConfigError(
                 f"--run-dir {run_dir}: is not an empty folder; name a new one, or continue with --resume"
             )
@@ -78,7 +106,7 @@ class RunFolder:
             self.close()
             raise
 
-    def accept(self, config: JobConfig) -> None:
+    def accept(self, config: AnyJobConfig) -> None:
         """Write the configuration of a resume that has been found to be possible."""
         (self.path / CONFIG).write_text(dump_config(config), encoding="utf-8")
 
@@ -96,6 +124,11 @@ class RunFolder:
         os.close(self._lock)
 
 
+def _holds_other_things(run_dir: Path) -> bool:
+    """Whether a folder is not fit for a new run; the demo's earlier stages may lie in it."""
+    return any(path.name != STAGES for path in run_dir.iterdir())
+
+
 def _lock(run_dir: Path) -> int:
     """Hold the folder; ConfigError if another process does. The kernel frees it however a process ends."""
     lock = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -109,10 +142,10 @@ def _lock(run_dir: Path) -> int:
     return lock
 
 
-def refuse_changes(before: dict[str, Any], config: JobConfig) -> None:
+def refuse_changes(before: dict[str, Any], config: AnyJobConfig) -> None:
     """Raise ConfigError where a resume would train something else than the run it goes on with."""
     now = tomllib.loads(dump_config(config))
-    for name in _MUST_MATCH:
+    for name in _MUST_MATCH[config.objective]:
         old, new = _look_up(before, name), _look_up(now, name)
         if old != new:
             where, old, new = _first_difference(name, old, new)

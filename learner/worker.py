@@ -206,6 +206,17 @@ class LearnerWorker:
             )
         return rows
 
+    def supervised_loss(self, demonstrations: Sequence[Pair]) -> float:
+        """Mean −log π of the completions' tokens, in nats, at temperature 1, with the present weights."""
+        batches = pack(demonstrations, micro_batch_tokens=self._job.learner.micro_batch_tokens)
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for batch in batches:
+                logprobs = self._engines[0].forward(batch, temperature=1.0)[0]
+                total -= float(logprobs.double().sum())
+                tokens += logprobs.numel()
+        return total / tokens
+
     def finish_warmup(self) -> None:
         """Start PPO with fresh optimizer state; an own critic starts from the policy as it is now."""
         self._engines[0].reset_optimizer()

@@ -1,21 +1,18 @@
-"""Builds the reward of a run from its settings, and refuses what cannot work before anything is sampled.
+"""Builds the reward of a run from its settings, and refuses what cannot work before anything is sampled."""
 
-request ─▶ each [[reward]] in turn ─▶ Σ weight · value, with every raw value as a component
-                └─ an error in any of them ─▶ RewardError; the later ones are not asked
-"""
-
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rewards.base import Reward, RewardError, RewardRequest, Score
+from rewards.base import Reward
 from rewards.child_reward import ChildLimits
 from rewards.code_reward import CodeReward, CodeSettings
 from rewards.code_tests import ENTRY_COLUMN, cases_of, entry_point_of
+from rewards.combined import CombinedReward, Part
 from rewards.graders import ExactReward, NumericReward, RegexReward, TaskReward, answer_number, answer_text
+from rewards.model_reward import ModelPlace, ModelReward, model_folder, refuse_shared_labels
 from rewards.sandbox import MIB, SandboxLimits
 from rewards.settings import RewardSettings, TaskSettings
 from rewards.tasks.programs import CODE, ProgramsTask
@@ -25,45 +22,14 @@ from rewards.user_function import FunctionReward, parse_target
 GIB = 1 << 30
 START_TIMEOUT_S = 120.0  # a user's module may import a large library
 RESERVED_LABELS = ("missing_eos_penalty",)
+# Names that an evaluation logs as `heldout/NAME` itself.
+HELDOUT_NAMES = (
+    *("reward", "reward_errors", "kl_sequence", "kl_sequence_k3", "response_tokens", "entropy"),
+    "finished_fraction",
+)
 # The field that a kind cannot do without, and that no other kind reads.
-OWN_FIELD = {"regex": "pattern", "function": "function"}
+OWN_FIELD = {"regex": "pattern", "function": "function", "model": "path"}
 CODE_FIELDS = ("tests_column", "entry_point", "all_or_nothing", "cpu_seconds", "memory_mib")
-
-
-class CombinedReward:
-    """The weighted sum of several rewards. Its components are `{label: raw value}` and `label/key` extras."""
-
-    label = "reward"
-
-    def __init__(self, parts: Sequence[tuple[float, Reward]]) -> None:
-        self._parts = list(parts)
-
-    def score(self, requests: Sequence[RewardRequest]) -> list[Score | RewardError]:
-        """One answer for each request: a finite total, or the first reward's error."""
-        totals = [0.0] * len(requests)
-        components: list[dict[str, float]] = [{} for _ in requests]
-        errors: dict[int, RewardError] = {}
-        for weight, reward in self._parts:
-            places = [i for i in range(len(requests)) if i not in errors]
-            answers = reward.score([requests[i] for i in places])
-            for i, answer in zip(places, answers, strict=True):
-                if isinstance(answer, RewardError):
-                    errors[i] = answer
-                    continue
-                totals[i] += weight * answer.value
-                components[i][reward.label] = answer.value
-                components[i].update({f"{reward.label}/{k}": v for k, v in answer.components.items()})
-        return [errors.get(i) or self._total(totals[i], components[i]) for i in range(len(requests))]
-
-    def _total(self, total: float, components: dict[str, float]) -> Score | RewardError:
-        if not math.isfinite(total):
-            return RewardError(self.label, f"the weighted sum of {components} is {total}")
-        return Score(total, components)
-
-    def close(self) -> None:
-        """Close every reward."""
-        for _, reward in self._parts:
-            reward.close()
 
 
 def build_reward(
@@ -74,12 +40,15 @@ def build_reward(
     memory_gib: float,
     directory: Path | None = None,
     environment: Sequence[str] = (),
+    models: ModelPlace | None = None,
 ) -> CombinedReward:
     """Build all `[[reward]]` tables; ValueError if one cannot work.
 
     `timeout_s` is the deadline for one completion and `memory_gib` the address space of a child process;
     `environment` names the variables that a child sees although they are named like a secret.
-    Files and modules of the user's are looked for in `directory`, the current one if not given.
+    Files, modules and models of the user's are looked for in `directory`, the current one if not given.
+    `models` says where reward models compute; without it their folders are checked and not loaded, and
+    they cannot score.
     """
     directory = (directory or Path.cwd()).resolve()
     check_rewards(settings, task, directory=directory)
@@ -90,14 +59,36 @@ def build_reward(
                 "start, or take the name out"
             )
     limits = ChildLimits(timeout_s, int(memory_gib * GIB), START_TIMEOUT_S, tuple(environment))
-    parts: list[tuple[float, Reward]] = []
+    found = _build_models(settings, directory, models)
+    parts: list[Part] = []
     try:
         for one in settings:
-            parts.append((one.weight, _build_one(one, task, directory, limits)))
+            model = found.get(one.label)
+            reward = model or _build_one(one, task, directory, limits)
+            parts.append(Part(one.weight, reward, one.role == "evaluate", together=model is not None))
     except BaseException:
         CombinedReward(parts).close()
         raise
     return CombinedReward(parts)
+
+
+def _build_models(
+    settings: Sequence[RewardSettings], directory: Path, place: ModelPlace | None
+) -> dict[str, ModelReward]:
+    """The reward models by label, loaded if a place is given; ValueError if one cannot serve in its role."""
+    tables = [one for one in settings if one.kind == "model"]
+    found = {
+        one.label: ModelReward(one.label, model_folder(one.path, directory), check_version=place is None)
+        for one in tables
+    }
+    refuse_shared_labels(
+        [found[one.label] for one in tables if one.role == "train"],
+        [found[one.label] for one in tables if one.role == "evaluate"],
+    )
+    if place is not None:
+        for model in found.values():
+            model.load(place)
+    return found
 
 
 def check_rewards(
@@ -116,7 +107,12 @@ def check_rewards(
         if one.label in labels:
             raise ValueError(f"reward.name = {one.label!r} is used twice; give each [[reward]] its own name")
         labels.add(one.label)
+        _check_role(one)
         _check_one(one, task, (directory or Path.cwd()).resolve())
+    if all(one.role == "evaluate" for one in settings):
+        raise ValueError(
+            'reward.role = "evaluate" in every [[reward]]: nothing would be trained on; set one to "train"'
+        )
 
 
 def required_columns(settings: Sequence[RewardSettings]) -> set[str]:
@@ -147,6 +143,21 @@ def uses_child(one: RewardSettings) -> bool:
 
 def _needs_answer(one: RewardSettings) -> bool:
     return one.kind in ("exact", "numeric") or (one.kind == "regex" and _has_group(one.pattern))
+
+
+def _check_role(one: RewardSettings) -> None:
+    if one.role == "train":
+        return
+    if one.weight != RewardSettings.model_fields["weight"].default:
+        raise ValueError(
+            f'reward.weight = {one.weight:g} of {one.label!r} has no effect with role = "evaluate", which is '
+            'no part of the sum; leave it out, or set role = "train"'
+        )
+    if one.label in HELDOUT_NAMES or one.label.endswith("_ci95"):
+        raise ValueError(
+            f'reward.name = {one.label!r}: with role = "evaluate" it is logged as heldout/{one.label}, which '
+            "is another metric; give it another name"
+        )
 
 
 def _check_one(one: RewardSettings, task: TaskSettings | None, directory: Path) -> None:

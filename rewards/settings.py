@@ -17,7 +17,9 @@ class Settings(BaseModel):
 class TaskSettings(Settings):
     """`[task]`: a generated task with a known gold reward, instead of `[data]` files."""
 
-    kind: Literal["reversal", "countdown", "programs"] = Field(description="Which generator makes the rows.")
+    kind: Literal["reversal", "countdown", "programs", "coverage"] = Field(
+        description="Which generator makes the rows."
+    )
     train_size: int = Field(4096, ge=1, description="Training prompts to generate.")
     heldout_size: int = Field(256, ge=2, description="Held-out prompts, disjoint from the training ones.")
     demonstrations: int = Field(
@@ -31,28 +33,35 @@ class TaskSettings(Settings):
         3,
         ge=2,
         le=6,
-        description="countdown: how many numbers are given; programs: most steps of one; reversal: ignored.",
+        description="countdown: how many numbers are given; programs: most steps of one; others: ignored.",
     )
     largest: int = Field(
         9,
         ge=4,
         le=99,
         description="countdown: numbers are drawn from 1 to this; programs: so are constants; "
-        "reversal: ignored.",
+        "others: ignored.",
     )
     seed: int = Field(0, ge=0, description="Seed of the generator; the same seed gives the same rows.")
 
 
 class RewardSettings(Settings):
-    """One `[[reward]]` table; the reward of a completion is the weighted sum over all of them."""
+    """One `[[reward]]` table; the reward of a completion is the weighted sum over those of role `train`."""
 
-    kind: Literal["exact", "numeric", "regex", "function", "task", "code"] = Field(
+    kind: Literal["exact", "numeric", "regex", "function", "task", "code", "model"] = Field(
         description="exact: equals the answer; numeric: last number equals the answer within `tolerance`; "
         "regex: `pattern` is found; function: your own Python; task: gold reward of the `[task]`; "
-        "code: the share of the row's tests that the completion's Python passes in a sandbox."
+        "code: the share of the row's tests that the completion's Python passes in a sandbox; "
+        "model: a trained reward model."
     )
     name: str = Field("", description="Name of its metric, `reward/NAME`; the kind when empty.")
     weight: float = Field(1.0, description="Weight in the sum.")
+    role: Literal["train", "evaluate"] = Field(
+        "train",
+        description="train: a part of the reward that is optimised; evaluate: scores samples of held-out "
+        "evaluations only, is never trained on, and is logged as `heldout/NAME`.",
+    )
+    path: str = Field("", description="model: the folder of a trained reward model.")
     pattern: str = Field("", description="regex: what must be found; group 1, if any, must equal the answer.")
     function: str = Field("", description="function: `module:function` or `file.py:function`.")
     answer_column: str = Field(

@@ -124,3 +124,20 @@ def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/h")
     assert cache_folder() == Path("/h/.cache/headrace/models")
+
+
+def test_a_folder_with_folders_arrives_as_it_was(tmp_path: Path, store: Store, send: Any) -> None:
+    send(MODEL)
+    inner = tmp_path / "driver" / "member_1"
+    inner.mkdir()
+    (inner / "config.json").write_bytes(b"inner")
+    (inner / "weights.bin").write_bytes(b"pickle")  # never sent
+    flat = ship(tmp_path / "driver", store.put)
+    assert {file.name for file in flat.files} == set(MODEL)
+    whole = replace(ship(tmp_path / "driver", store.put, nested=True), host="elsewhere", path="/nowhere")
+    here = local_folder(whole, 1.0, cache=tmp_path / "cache", fetch=store.fetch)
+    found = {
+        path.relative_to(here).as_posix(): path.read_bytes() for path in here.rglob("*") if path.is_file()
+    }
+    assert found == MODEL | {"member_1/config.json": b"inner"}
+    assert (here / "member_1").stat().st_mode & 0o077 == 0

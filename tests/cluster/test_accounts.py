@@ -14,6 +14,7 @@ from cluster.accounts import (
     length_quantile,
     mean_length,
     pace_metrics,
+    scoring_exposed,
     wait_cause,
 )
 from cluster.scheduler import Refusal
@@ -109,3 +110,26 @@ def test_a_histogram_of_lengths_has_every_response_once() -> None:
     assert found["edges"][-1] == 93
     assert {i: n for i, n in enumerate(found["sampled"]) if n} == {0: 2, 2: 3, 30: 1}
     assert {i: n for i, n in enumerate(found["trained"]) if n} == {2: 3}
+
+
+@pytest.mark.parametrize(
+    ("groups", "wait_from", "train_from", "exposed"),
+    [
+        # Sampled at 2 and 5, scored at 3 and 7: from 5 to 7 nothing but scoring was outstanding.
+        ([(2.0, 3.0), (5.0, 7.0)], 1.0, 7.0, 2.0),
+        # The learner came free only at 6, so it waited for 1 of these 2 seconds.
+        ([(2.0, 3.0), (5.0, 7.0)], 6.0, 7.0, 1.0),
+        # All was scored before the learner was free.
+        ([(2.0, 3.0), (5.0, 7.0)], 8.0, 8.0, 0.0),
+        # The group that was scored last came early: sampling of the other one hid its scoring.
+        ([(1.0, 6.0), (5.9, 6.0)], 0.0, 6.0, 0.1),
+        # Sampling ended last and its group was scored at once.
+        ([(1.0, 3.0), (4.0, 4.0)], 0.0, 4.0, 0.0),
+    ],
+)
+def test_scoring_is_exposed_where_nothing_else_is_outstanding(
+    groups: list[tuple[float, float]], wait_from: float, train_from: float, exposed: float
+) -> None:
+    trace = [{"sampled_s": sampled, "scored_s": scored} for sampled, scored in groups]
+    step = {"wait_from_s": wait_from, "train_from_s": train_from}
+    assert scoring_exposed([*trace, step]) == pytest.approx(exposed)

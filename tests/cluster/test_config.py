@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cluster.config_document import document
-from cluster.config_file import ConfigError, dump_config, load_config, parse_config
-from cluster.demo import DEMO_CONFIG
+from cluster.config_file import ConfigError, dump_config, load_job, parse_config, parse_job
+from cluster.demo_stages import PPO, Plan
 
 GOOD = """
 [model.scratch]
@@ -26,7 +26,7 @@ def test_defaults_are_consistent_and_survive_a_round_trip() -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.toml")), ids=lambda path: path.name)
 def test_every_shipped_configuration_parses(path: Path) -> None:
-    load_config(path)
+    load_job(path)
 
 
 def test_fewer_actors_at_most_than_from_the_start_are_refused() -> None:
@@ -35,8 +35,16 @@ def test_fewer_actors_at_most_than_from_the_start_are_refused() -> None:
     assert parse_config(GOOD, ["rollout.actors=2", "rollout.max_actors=2"]).rollout.max_actors == 2
 
 
-def test_the_demo_configuration_parses() -> None:
-    assert parse_config(DEMO_CONFIG).objective == "ppo"
+def test_the_demo_configurations_parse() -> None:
+    plan = Plan(Path("run"), seed=3, pairs=100, length_bias=0.0)
+    jobs = {stage: parse_job(text) for stage, text in plan.configurations(Path("policy")).items()}
+    assert {stage: job.objective for stage, job in jobs.items()} == {
+        "imitation": "supervised",
+        "reward-model": "reward_model",
+        "heldout-reward-model": "reward_model",
+        PPO: "ppo",
+    }
+    assert all(job.run.seed == 3 for job in jobs.values())
 
 
 def test_overrides_reach_tables_lists_and_plain_text() -> None:
@@ -123,17 +131,41 @@ def test_overrides_into_lists_need_an_index_that_exists() -> None:
 
 def test_missing_file_and_bad_toml(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
-        load_config(tmp_path / "absent.toml")
+        load_job(tmp_path / "absent.toml")
     (tmp_path / "bad.toml").write_text("[run\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
-        load_config(tmp_path / "bad.toml")
+        load_job(tmp_path / "bad.toml")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_config(tmp_path / "bytes.toml")
+        load_job(tmp_path / "bytes.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_config(tmp_path)
+        load_job(tmp_path)
 
 
 def test_the_documentation_is_what_the_code_says() -> None:
     page = ROOT / "docs" / "configuration.md"
     assert page.read_text(encoding="utf-8") == document(), "run python -m cluster.config_document"
+
+
+JUDGED = """
+[[reward]]
+kind = "model"
+name = "judge"
+path = "x"
+role = "evaluate"
+"""
+
+
+@pytest.mark.parametrize("rule", ["heldout_decline", "normalised_gap"])
+def test_a_stop_rule_needs_something_to_look_at(rule: str) -> None:
+    wanted = [f'stop.{rule}="stop"', "run.evaluate_every=5"]
+    with pytest.raises(ConfigError, match=rf"stop\.{rule} = 'stop' needs a held-out reward"):
+        parse_config(GOOD, wanted)
+    with pytest.raises(ConfigError, match=rf'leaves nothing to look at for stop\.{rule} = "stop"'):
+        parse_config(GOOD + JUDGED, wanted[:1])
+    assert getattr(parse_config(GOOD + JUDGED, wanted).stop, rule) == "stop"
+
+
+def test_disagreement_needs_a_reward_model_that_is_trained_on() -> None:
+    with pytest.raises(ConfigError, match=r"stop\.disagreement = 'stop' needs an ensemble"):
+        parse_config(GOOD + JUDGED, ['stop.disagreement="stop"', "run.evaluate_every=5"])

@@ -43,6 +43,21 @@ def test_without_a_terminal_each_step_is_one_plain_line(capsys: pytest.CaptureFi
     )
 
 
+def test_over_optimisation_shows_where_a_run_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "overoptimisation/heldout": 0.4,
+        "overoptimisation/heldout_ci95": 0.05,
+        "overoptimisation/gold": 1.25,
+        "overoptimisation/gap": 0.5,
+        "overoptimisation/kl_sqrt": 2.0,
+        "overoptimisation/disagreement": 0.3,
+    }
+    make_console("plain", "demo", 60).row({"learner_step": 5, "heldout/reward": 0.7, **row})
+    assert capsys.readouterr().out == (
+        "step 5/60  held-out 0.700  judge 0.400 ± 0.050  gold 1.25  gap 0.500  √KL 2.00  disagreement 0.300\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("mode", "tty", "variables", "expected"),
     [

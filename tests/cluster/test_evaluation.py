@@ -1,5 +1,7 @@
 """The paired gain and what an evaluation is made of, against hand-derived numbers."""
 
+import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 from actors.records import Completion, Group, Prompt, RewardFailure, Trajectory
 from cluster.evaluation import Evaluation, EvaluationError, paired_gain, summarise
+from cluster.metrics import lookup
 
 
 def evaluation(rewards: dict[str, float]) -> Evaluation:
@@ -65,3 +68,37 @@ def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "evaluation.json"
     path.write_text(result.to_json())
     assert Evaluation.load(path) == result
+
+
+def test_single_rewards_and_estimates_of_kl_and_entropy() -> None:
+    # δ = log μ − log π_ref = (.5, 0) for every sample: k1 = .5, k3 = e^(−.5) − 1 + .5 = .106531.
+    scored = group("a", [0.0, 1.0])
+    trajectories = tuple(
+        dataclasses.replace(t, components={"proxy": t.reward, "judge": 3.0 * t.reward, "judge/std": 0.25})
+        for t in scored.trajectories
+    )
+    cut_off = dataclasses.replace(trajectories[1].completion, finish_reason="length")
+    trajectories = (trajectories[0], dataclasses.replace(trajectories[1], completion=cut_off))
+    result = summarise([dataclasses.replace(scored, trajectories=trajectories)], version=4)
+    assert result.components == {"proxy": {"a": 0.5}, "judge": {"a": 1.5}, "judge/std": {"a": 0.25}}
+    assert result.kl_k3 == pytest.approx(0.106531, abs=1e-6)
+    assert result.entropy == pytest.approx(1.5)  # −mean of −1 and −2
+    assert result.finished_fraction == 0.5
+    row = result.metrics(["judge"])
+    assert (row["heldout/judge"], row["heldout/judge/std"]) == (1.5, 0.25)
+    assert row["heldout/reward/proxy"] == 0.5
+    assert (row["heldout/kl_sequence"], row["heldout/finished_fraction"]) == (pytest.approx(0.5), 0.5)
+    assert "heldout/judge_ci95" not in row  # of one prompt there is none
+    assert all(lookup(name) for name in row)
+
+
+def test_an_evaluation_of_an_earlier_version_can_be_read(tmp_path: Path) -> None:
+    fields = json.loads(summarise([group("a", [0.25])], version=2).to_json())
+    for name in ("components", "kl_k3", "entropy", "finished_fraction"):
+        del fields[name]
+    (tmp_path / "old.json").write_text(json.dumps(fields))
+    old = Evaluation.load(tmp_path / "old.json")
+    assert old.mean == 0.25
+    assert old.metrics().keys() == {
+        *("heldout/reward", "heldout/kl_sequence", "heldout/response_tokens", "heldout/reward_errors")
+    }

@@ -283,3 +283,48 @@ def test_the_tolerance_is_the_set_one_or_the_precision_s(run: Path) -> None:
 def test_moving_mean() -> None:
     # Ends have one neighbour: (0+3)/2, (0+3+6)/3, (3+6)/2.
     assert moving_mean([0.0, 3.0, 6.0], 1) == [1.5, 3.0, 4.5]
+
+
+def over_optimised(run: Path) -> None:
+    """Give a run's folder the evaluations of a policy that games its reward: gold has α = 2.5, β = 1.25."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for n in range(9):
+        d = n / 2
+        gold = 0.5 + (d * (2.5 - 1.25 * math.log(d)) if d else 0)
+        metrics.append(
+            {
+                "learner_step": 100 + n,
+                "heldout/kl_sequence": d * d,
+                "overoptimisation/kl_sqrt": d,
+                "overoptimisation/proxy": 2 * d,
+                "overoptimisation/heldout": d * (2 - 0.5 * d),
+                "overoptimisation/heldout_ci95": 0.1,
+                "overoptimisation/gold": gold,
+                "overoptimisation/gold_ci95": 0.2,
+                "overoptimisation/gap": 0.2 * d,
+                "overoptimisation/disagreement": 0.2 + 0.05 * d,
+            }
+        )
+    write(run / "metrics.jsonl", metrics)
+    decision = {"learner_step": 108, "setting": "stop", "rule": "heldout_decline", "action": "stop",
+                "reason": f"it fell {EVIL}", "blind_spot": "a shared bias"}  # fmt: skip
+    write(run / "decisions.jsonl", [decision])
+    with (run / "config.toml").open("a") as config:
+        config.write("[stop]\ngap_limit = 1.0\ndisagreement_limit = 2.0\n")
+    best = {"step": 104, "by": "held-out reward", "reward": 2.0}
+    summary = SUMMARY | {"best": best, "stop_rule": "heldout_decline", "steps": 108}
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_over_optimisation_has_its_pictures_and_its_words(run: Path) -> None:
+    over_optimised(run)
+    page = write_report(run).read_text()
+    assert pictures_in(page)[:3] == ["reward", "overoptimisation", "overoptimisation_rules"]
+    assert "heldout decline stopped the run" in page
+    assert "What it cannot see: a shared bias" in page
+    assert EVIL not in page
+    assert "step 104" in page
+    # The gold points lie on Gao's curve, so the fit finds α and β; highest at KL = (e^(α/β − 1))² = e².
+    assert "<td>2.50 (2.50 to 2.50)</td><td>1.25 (1.25 to 1.25)</td><td>7.39</td>" in page
+    turned = page.split("<td>gold reward</td>")[1].split("</tr>")[0]
+    assert turned.endswith("<td>yes</td>")  # the peak, d = e, lies before the last evaluation's d = 4

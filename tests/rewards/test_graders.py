@@ -5,7 +5,8 @@ from decimal import Decimal
 import pytest
 
 from rewards.base import RewardError, RewardRequest, Score
-from rewards.build import CombinedReward, build_reward, check_rewards, check_row, required_columns
+from rewards.build import build_reward, check_rewards, check_row, required_columns
+from rewards.combined import CombinedReward, Part
 from rewards.final_number import close, last_number
 from rewards.settings import RewardSettings, TaskSettings
 
@@ -200,7 +201,7 @@ def test_one_error_leaves_the_other_requests_alone_and_asks_no_later_reward():
             return [RewardError("odd", "bad") if r.completion == "b" else Score(1.0) for r in requests]
 
     recorder = Recorder()
-    reward = CombinedReward([(1.0, OddOnes()), (2.0, recorder)])
+    reward = CombinedReward([Part(1.0, OddOnes()), Part(2.0, recorder)])
     a, b, c = reward.score([request(text) for text in "abc"])
     assert a == c == Score(1.0 + 2.0 * 3.0, {"odd": 1.0, "recorder": 3.0, "recorder/length": 1.0})
     assert (b.reward, b.reason) == ("odd", "bad")

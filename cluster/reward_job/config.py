@@ -1,0 +1,159 @@
+"""The configuration of a job with `objective = "reward_model"`.
+
+Tables that a reward model has in common with other jobs are the same classes; this file adds its own and the
+rules that span several.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cluster.config import ClusterSettings, ContradictionError
+from cluster.monitor_settings import MonitorSettings
+from cluster.preferences.settings import PreferenceSettings
+from cluster.scratch import check_shape
+from learner.reward_settings import BackboneSettings
+from learner.settings import LearnerSettings, OptimizerSettings
+from rewards.models.settings import RewardModelSettings
+from rewards.settings import Settings
+
+
+class RewardRunSettings(Settings):
+    """`[run]`: how long, how often, and on what batch."""
+
+    name: str = Field(
+        "reward-model",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="Name of the run and its folder.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of data order, initial heads and bootstraps.")
+    epochs: int = Field(1, ge=1, description="Passes of each member over the training pairs.")
+    batch_size: int = Field(64, ge=1, description="Pairs an optimizer update.")
+    evaluate_every: int = Field(
+        50, ge=0, description="Updates between looks at held-out pairs; 0: only at the end of each member."
+    )
+    evaluate_pairs: int = Field(512, ge=2, description="Held-out pairs in such a look; the end takes all.")
+    checkpoint_every: int = Field(
+        200, ge=0, description="Updates between checkpoints; 0: only at the end of each member."
+    )
+    keep_checkpoints: int = Field(1, ge=1, description="Newest checkpoints that are kept.")
+
+
+class EvaluationSettings(Settings):
+    """`[evaluation]`: what is known about the responses beside who won."""
+
+    chosen_gold_column: str = Field("", description="Column with the chosen response's true reward.")
+    rejected_gold_column: str = Field("", description="Column with the rejected response's true reward.")
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that evaluation reads."""
+        return [name for name in (self.chosen_gold_column, self.rejected_gold_column) if name]
+
+
+class EvaluateSettings(Settings):
+    """One `[[evaluate]]` table: further pairs, from elsewhere than the training pairs."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,63}$", description="What these pairs are, for the report."
+    )
+    file: str = Field(
+        min_length=1,
+        description="JSON Lines or Parquet file, folder or hub dataset, with the columns of `[preferences]`.",
+    )
+
+
+class RewardJobConfig(Settings):
+    """A reward model. Every table but `[model]` and `[preferences]` has defaults."""
+
+    objective: Literal["reward_model"] = Field("reward_model", description="What the job optimises.")
+    run: RewardRunSettings = Field(default_factory=RewardRunSettings)
+    model: BackboneSettings
+    preferences: PreferenceSettings
+    reward_model: RewardModelSettings = Field(default_factory=RewardModelSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    evaluate: list[EvaluateSettings] = Field(default_factory=list)
+    learner: LearnerSettings = Field(default_factory=LearnerSettings)
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    monitor: MonitorSettings = Field(default_factory=MonitorSettings)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for broken, field, value, remedy in (
+            *self._model_rules(),
+            *self._learner_rules(),
+            *self._evaluation_rules(),
+        ):
+            if broken:
+                raise ContradictionError(field, value, remedy)
+        if self.model.scratch is not None:
+            check_shape(self.model.scratch)
+        return self
+
+    def _model_rules(self) -> list[tuple[bool, str, object, str]]:
+        model, scratch = self.model, self.model.scratch
+        return [
+            (
+                bool(model.path) == (scratch is not None),
+                "model.path",
+                model.path,
+                "give exactly one of model.path (a folder or hub name) and the table [model.scratch]",
+            ),
+            (
+                model.revision is not None and scratch is not None,
+                "model.revision",
+                model.revision,
+                "is given, but [model.scratch] downloads nothing; leave it out",
+            ),
+            (
+                scratch is not None and (model.max_length or 0) > scratch.max_length,
+                "model.max_length",
+                model.max_length,
+                "is beyond model.scratch.max_length; lower it or leave it out",
+            ),
+        ]
+
+    def _learner_rules(self) -> list[tuple[bool, str, object, str]]:
+        learner, embedding = self.learner, self.reward_model.kind == "embedding"
+        return [
+            (
+                learner.cpu_offload and learner.zero_stage < 2,
+                "learner.cpu_offload",
+                True,
+                f"needs learner.zero_stage 2 or 3, not {learner.zero_stage}",
+            ),
+            (
+                embedding and learner.zero_stage > 0,
+                "learner.zero_stage",
+                learner.zero_stage,
+                'splits a model that does not need it: with reward_model.kind = "embedding" only a small '
+                "network is trained; set it to 0",
+            ),
+            (
+                embedding and learner.gradient_checkpointing,
+                "learner.gradient_checkpointing",
+                True,
+                'has no effect with reward_model.kind = "embedding"; leave it out',
+            ),
+        ]
+
+    def _evaluation_rules(self) -> list[tuple[bool, str, object, str]]:
+        names = [one.name for one in self.evaluate]
+        gold = self.evaluation
+        return [
+            (
+                len(gold.columns) == 1,
+                "evaluation.rejected_gold_column"
+                if gold.chosen_gold_column
+                else "evaluation.chosen_gold_column",
+                "",
+                "is missing: true rewards are needed of both responses, or of neither",
+            ),
+            (
+                len(set(names)) < len(names) or bool({"train", "heldout"} & set(names)),
+                "evaluate.name",
+                names,
+                'must all be different, and none may be "train" or "heldout"; rename them',
+            ),
+        ]

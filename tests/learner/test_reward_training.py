@@ -1,0 +1,194 @@
+"""The order of pairs, the loss of a batch, and updates that ranks and micro-batches do not change."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learner_ranks import run_ranks
+from tiny_learner import VOCABULARY, save_model
+
+from learner.reward_module import Sequences
+from learner.reward_training import (
+    PairData,
+    batch_loss,
+    batch_of,
+    batches_an_epoch,
+    bootstrap_weights,
+    head_seed,
+)
+from learner.reward_worker import RewardJob, RewardLearner
+from learner.settings import LearnerSettings, OptimizerSettings
+from rewards.models.settings import RewardModelSettings
+
+LN2 = math.log(2.0)
+
+
+# --- order and weights -----------------------------------------------------------------------------------
+
+
+def test_every_epoch_trains_every_pair_once_in_an_order_of_its_own() -> None:
+    """10 pairs in batches of at most 4: 3 batches of 3, 3 and 4."""
+    assert batches_an_epoch(10, 4) == 3
+    orders = []
+    for member, epoch in ((0, 0), (0, 1), (1, 0)):
+        batches = [batch_of(3 * epoch + k, pairs=10, batch_size=4, seed=5, member=member) for k in range(3)]
+        assert [len(batch) for batch in batches] == [3, 3, 4]
+        orders.append([i for batch in batches for i in batch])
+        assert sorted(orders[-1]) == list(range(10))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert batch_of(4, pairs=10, batch_size=4, seed=5, member=0) == orders[1][3:6]
+
+
+def test_a_bootstrap_keeps_the_pairs_of_a_prompt_together() -> None:
+    """Poisson(1) has mean 1 and variance 1: over 4,000 prompts both lie within 0.1 (5 standard errors)."""
+    prompts = [n // 2 for n in range(8000)]
+    weights = np.array(bootstrap_weights(prompts, seed=1, member=0))
+    assert (weights[0::2] == weights[1::2]).all()
+    assert weights.mean() == pytest.approx(1.0, abs=0.1)
+    assert weights.var() == pytest.approx(1.0, abs=0.12)
+    assert bootstrap_weights(prompts, seed=1, member=1) != weights.tolist()
+    assert head_seed(1, 0) != head_seed(1, 1)
+
+
+# --- the loss --------------------------------------------------------------------------------------------
+
+
+def loss_of(settings: dict[str, Any], scores: list[float], **pairs: Any) -> float:
+    values: dict[str, Any] = {"chosen": [0], "rejected": [1], "margin": [0.0], "weight": [1.0]}
+    values |= {"lengths": [1] * len(scores)} | pairs
+    tensor = torch.tensor([scores], dtype=torch.float64)
+    loss, _ = batch_loss(tensor, RewardModelSettings(**settings), **values)
+    return float(loss)
+
+
+def test_losses_of_a_batch_by_hand() -> None:
+    """σ(ln 3) = 3/4. Gap ln 3: −log 3/4; with a margin of ln 3: log 2; centring adds c·(r_w + r_l)²."""
+    plain = {"centring": 0.0}
+    gap = [math.log(3.0), 0.0]
+    assert loss_of(plain, gap) == pytest.approx(-math.log(0.75))
+    assert loss_of(plain, gap, margin=[math.log(3.0)]) == pytest.approx(-math.log(0.75))  # not asked for
+    assert loss_of(plain | {"margin": True}, gap, margin=[math.log(3.0)]) == pytest.approx(LN2)
+    assert loss_of({"centring": 0.5}, gap) == pytest.approx(-math.log(0.75) + 0.5 * math.log(3.0) ** 2)
+    # Classification, each response by itself: ½(−log σ(ln 3) − log σ(−0)) = ½(−log ¾ + log 2).
+    assert loss_of({"loss": "classification"}, gap) == pytest.approx(0.5 * (-math.log(0.75) + LN2))
+
+
+def test_weights_are_relative_and_sequences_may_be_shared() -> None:
+    """Pairs (0 over 1) with loss −log ¾ and (2 over 0) with gap 0, loss log 2; weights 3:1, also as 6:2."""
+    scores = [math.log(3.0), 0.0, math.log(3.0)]
+    for weight in ([3.0, 1.0], [6.0, 2.0]):
+        loss = loss_of(
+            {"centring": 0.0}, scores, chosen=[0, 2], rejected=[1, 0], margin=[0.0] * 2, weight=weight
+        )
+        assert loss == pytest.approx((3 * -math.log(0.75) + LN2) / 4)
+    nothing = loss_of(
+        {"centring": 0.0}, scores, chosen=[0, 2], rejected=[1, 0], margin=[0.0] * 2, weight=[0.0, 0.0]
+    )
+    assert nothing == 0.0
+
+
+# --- ranks and micro-batches -----------------------------------------------------------------------------
+
+
+def make_data(pairs: int = 9, seed: int = 0) -> PairData:
+    draw = np.random.default_rng(seed)
+    sequences = [
+        tuple(int(i) for i in draw.integers(0, VOCABULARY, int(draw.integers(3, 12))))
+        for _ in range(2 * pairs - 2)
+    ]
+    chosen = [*range(0, 2 * pairs - 2, 2), 0]  # the last pair is of responses that others have too
+    rejected = [*range(1, 2 * pairs - 2, 2), 3]
+    return PairData(
+        sequences=Sequences.of(sequences),
+        lengths=tuple(len(sequence) - 2 for sequence in sequences),
+        chosen=tuple(chosen),
+        rejected=tuple(rejected),
+        margin=tuple(float(x) for x in draw.random(pairs)),
+        weight=tuple(float(x) for x in draw.integers(1, 3, pairs)),
+        prompt=tuple(range(pairs)),
+    )
+
+
+def make_job(path: str, *, micro_batch_tokens: int, **changes: Any) -> RewardJob:
+    learner = {"micro_batch_tokens": micro_batch_tokens, "device": "cpu"} | changes.get("learner", {})
+    return RewardJob(
+        model_path=path,
+        attention="sdpa",
+        learner=LearnerSettings(**learner),
+        optimizer=OptimizerSettings(lr=1e-3, critic_lr=3e-3),
+        reward=RewardModelSettings(hidden_sizes=[7], **changes.get("reward", {})),
+        seed=1,
+        epochs=3,
+        batch_size=5,
+        pad_token_id=0,
+        vocabulary=VOCABULARY,
+    )
+
+
+def train(rank: int, ranks: int, cases: list[tuple[RewardJob, PairData, str]], folder: str) -> list[Any]:
+    """Each job for 4 updates of a member: (last metrics, scores); with one rank also a resume after 2."""
+    results = []
+    for number, (job, data, embeddings) in enumerate(cases):
+        learner = RewardLearner(rank, ranks, job)
+        learner.start("", 0)  # the group is there already
+        learner.give_data(data, embeddings)
+        learner.begin_member(1)
+        rows = learner.update(2)
+        saved = f"{folder}/{ranks}_{number}"
+        learner.save(saved)
+        rows += learner.update(2)
+        scores = learner.score(list(range(len(data.sequences))))
+        other = RewardLearner(rank, ranks, job)
+        other.start("", 0)
+        other.give_data(data, embeddings)
+        other.begin_member(1)
+        assert other.restore(saved) == 2
+        other.update(2)
+        again = other.score(list(range(len(data.sequences))))
+        results.append((rows[-1], scores, again))
+    return results
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("bradley-terry", {"reward": {"margin": True, "bootstrap": True, "members": 2}}),
+    ("odin, ZeRO 3", {"reward": {"loss": "odin"}, "learner": {"zero_stage": 3}}),
+    ("classification, ZeRO 2", {"reward": {"loss": "classification"}, "learner": {"zero_stage": 2}}),
+    ("embedding", {"reward": {"kind": "embedding"}}),
+]
+
+
+@pytest.mark.integration
+def test_ranks_and_micro_batches_change_neither_losses_nor_scores(tmp_path: Path) -> None:
+    """One rank with all in one micro-batch, and two ranks with some sequences each in several."""
+    from safetensors.torch import save_file
+
+    path, data = save_model(tmp_path / "model"), make_data()
+    table = str(tmp_path / "table.safetensors")
+    rows = torch.randn((len(data.sequences), 6), generator=torch.Generator().manual_seed(0))
+    save_file({"embeddings": rows}, table)
+
+    def cases(tokens: int) -> list[tuple[RewardJob, PairData, str]]:
+        return [
+            (
+                make_job(
+                    path, micro_batch_tokens=3 if name == "embedding" and tokens == 16 else tokens, **changes
+                ),
+                data,
+                table,
+            )
+            for name, changes in CASES
+        ]
+
+    (alone,) = run_ranks(train, 1, cases(4096), str(tmp_path))
+    together = run_ranks(train, 2, cases(16), str(tmp_path))
+    for (name, _), one, rank_0, rank_1 in zip(CASES, alone, *together, strict=True):
+        for key in ("loss/reward_model", "loss/preference", "preference/accuracy", "optimizer/grad_norm"):
+            assert one[0][key] == pytest.approx(rank_0[0][key], rel=2e-3, abs=2e-5), f"{name}: {key}"
+        np.testing.assert_allclose(one[1], rank_0[1], atol=2e-4, err_msg=name)
+        assert rank_0[1] == rank_1[1], name
+        assert np.ptp(one[1]) > 1e-3, name  # the comparison can fail
+        for trained in (one, rank_0):
+            np.testing.assert_allclose(trained[1], trained[2], atol=1e-6, err_msg=f"{name}: resume")
