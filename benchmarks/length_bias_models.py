@@ -26,7 +26,7 @@ from rewards.models.transformer import choose_padding, load_tokenizer
 from rewards.preferences.annotator import Candidate, SimulatedAnnotator
 from rewards.preferences.losses import odin
 from rewards.settings import TaskSettings
-from rewards.tasks.coverage import FREE_LENGTH, LONGEST_SPOILED, SPOILED_HIT, SYMBOLS, CoverageTask
+from rewards.tasks.coverage import FREE_LENGTH, SPOILED_HIT, SYMBOLS, CoverageTask
 
 Array = NDArray[np.float64]
 Loss = Literal["bradley-terry", "odin"]
@@ -70,7 +70,7 @@ class World:
     held-out prompt, then of the second, and so on. The held-out prompts have distinct sets of symbols.
     """
 
-    def __init__(self, seed: int, *, pairs: int, prompts: int, samples: int) -> None:
+    def __init__(self, seed: int, *, pairs: int, prompts: int, samples: int, longest: int) -> None:
         data = CoverageTask().generate(
             TaskSettings(
                 kind="coverage",
@@ -85,9 +85,9 @@ class World:
         for number in range(pairs):
             place = number % TRAIN_PROMPTS
             row = data.train[place]
-            one, other = sample(rng, row["answer"], 2)
+            one, other = sample(rng, row["answer"], 2, longest)
             while one == other:
-                one, other = sample(rng, row["answer"], 2)
+                one, other = sample(rng, row["answer"], 2, longest)
             first.append((place, row, one))
             second.append((place, row, other))
         self.seed, self.pairs, self.prompts, self.samples = seed, pairs, prompts, samples
@@ -97,7 +97,7 @@ class World:
             [
                 (place, row, text)
                 for place, row in enumerate(data.heldout[:prompts])
-                for text in sample(rng, row["answer"], samples)
+                for text in sample(rng, row["answer"], samples, longest)
             ]
         )
 
@@ -116,14 +116,17 @@ class World:
         )
 
 
-def sample(rng: np.random.Generator, wanted: str, count: int) -> list[str]:
-    """Responses as spoiled demonstrations are: 1 to 24 characters, each a wanted one with p = 0.65."""
-    shape = (count, LONGEST_SPOILED)
+def sample(rng: np.random.Generator, wanted: str, count: int, longest: int) -> list[str]:
+    """Any length from 1 to `longest`; each character is a wanted one with p = 0.65.
+
+    With `longest` = 24 it is the distribution that spoiled demonstrations of the task are drawn from.
+    """
+    shape = (count, longest)
     others = [symbol for symbol in SYMBOLS if symbol not in wanted]
     letters = np.where(
         rng.random(shape) < SPOILED_HIT, rng.choice(list(wanted), shape), rng.choice(others, shape)
     )
-    lengths = rng.integers(1, LONGEST_SPOILED + 1, count)
+    lengths = rng.integers(1, longest + 1, count)
     return ["".join(row[:length]) for row, length in zip(letters, lengths, strict=True)]
 
 
@@ -156,6 +159,7 @@ class LinearModels:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        torch.set_num_threads(1)  # the tensors are small
         train, test = features(world.train), features(world.test)
         mean = train.mean(axis=0)
         whiten = np.linalg.inv(np.linalg.cholesky(np.cov(train.T))).T

@@ -61,6 +61,17 @@ def _reward(run: RunData, axes: Axes) -> bool:
     return drawn or bool(heldout)
 
 
+def _supervised(run: RunData, axes: Axes) -> bool:
+    drawn = trend(axes, run.points("supervised/loss"), BLUE, "training batches")
+    xs, ys = run.points("supervised/heldout_loss")
+    if xs:
+        axes.plot(xs, ys, "o--", color=RED, ms=4, lw=1.1, label="held out")
+    axes.set_xlabel("update")
+    axes.set_ylabel("loss (nats a token)")
+    legend(axes, "upper right")
+    return drawn or bool(xs)
+
+
 def _kl(run: RunData, axes: Axes) -> bool:
     axes.set_ylabel("KL to the reference\n(nats a sequence)")
     return trend(axes, run.points("kl/sequence"), BLUE)
@@ -186,6 +197,7 @@ def _warmup(run: RunData, axes: Axes) -> bool:
 
 
 _PICTURES: tuple[tuple[str, str, str, Draw], ...] = (
+    ("supervised", "Loss", "Should fall on both; held out it levels off.", _supervised),
     ("reward", "Reward", "Should rise, on held-out prompts too.", _reward),
     ("kl", "Distance to the reference", "Rises slowly; a run-away means reward hacking.", _kl),
     ("length", "Response length", "Growth without reward is padding.", _length),
