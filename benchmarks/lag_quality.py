@@ -20,7 +20,7 @@ from typing import Any
 from scipy import stats
 
 from benchmarks.machine import StolenTime, describe
-from benchmarks.time_to_reward import EVALUATIONS, MODES, train, warmed_up
+from benchmarks.time_to_reward import EVALUATIONS, MODES, least_disturbed, train, warmed_up
 from benchmarks.time_to_reward import RESULTS as TIME_TO_REWARD
 from benchmarks.workloads import config
 from cluster.monitor import read_rows
@@ -70,7 +70,7 @@ def coupled_runs() -> list[dict[str, Any]]:
     kept = ("seed", "steps", "lag_mean", "reward_final", "mismatch_kl", "ess")
     return [
         {"lag": int(MODES[run["mode"]]), "correction": "coupled", **{key: run[key] for key in kept}}
-        for run in json.loads(TIME_TO_REWARD.read_text(encoding="utf-8"))["runs"]
+        for run in least_disturbed(json.loads(TIME_TO_REWARD.read_text(encoding="utf-8"))["runs"])
         if run["workload"] == WORKLOAD and MODES[run["mode"]].isdigit()
     ]
 

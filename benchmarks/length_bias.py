@@ -5,9 +5,9 @@
 On the coverage task a simulated annotator prefers by σ(Δgold + b·Δlength), for b in {0, 0.1, 0.2, 0.3}. The
 labels train Bradley-Terry reward models, the same with the slope of reward on length taken out (residual),
 and ODIN: linear ones on features made by hand, and tiny transformers from scratch through the learner that
-`headrace train` uses. Responses come from one sampler of all lengths, 1 to 32; a second linear part stops at
-24, as the task's own demonstrations do. Prompts of the test have sets of symbols that no training prompt has.
-At each seed all biases and methods see the same responses.
+`headrace train` uses. Responses have lengths from 1 to 32, most of them short as a policy's mostly are; two
+more linear parts have uniform lengths, to 32 and to 24. Prompts of the test have sets of symbols that no
+training prompt has. At each seed all biases and methods see the same responses.
 
 1. Best of n: gold and proxy of the best by proxy of n = 1 … 128. Does gold turn over? Its peak is chosen on
    half of the prompts, at n ≤ 64; gold there less gold at 64 is measured on the other half, both ways round.
@@ -34,13 +34,12 @@ import torch
 from scipy.special import expit
 
 from benchmarks.length_bias_figure import draw
-from benchmarks.length_bias_models import Array, LinearModels, Loss, TransformerModels, World
+from benchmarks.length_bias_models import Array, Lengths, LinearModels, Loss, TransformerModels, World
 from benchmarks.length_bias_summary import BIASES, END, SIZES, Row, show, summarise
 from benchmarks.machine import StolenTime, describe
 from rewards.preferences.evaluation import accuracy, best_of_n, length_report, within_prompt_spearman
 from rewards.preferences.length_control import fit_l1_logistic
 from rewards.preferences.losses import length_residual_fit
-from rewards.tasks.coverage import LONGEST_SPOILED
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "length_bias.json"
@@ -56,18 +55,19 @@ class Settings:
     pairs: int
     prompts: int
     samples: int
-    longest: int
+    lengths: Lengths
     model: dict[str, Any] = field(default_factory=dict)
 
 
 PARTS = {
-    "linear": Settings(pairs=1000, prompts=64, samples=512, longest=32),
-    "linear-24": Settings(pairs=1000, prompts=64, samples=512, longest=LONGEST_SPOILED),
+    "linear": Settings(pairs=1000, prompts=64, samples=512, lengths="tail"),
+    "linear-32": Settings(pairs=1000, prompts=64, samples=512, lengths="uniform-32"),
+    "linear-24": Settings(pairs=1000, prompts=64, samples=512, lengths="uniform-24"),
     "transformer": Settings(
         pairs=6000,
         prompts=32,
         samples=512,
-        longest=32,
+        lengths="tail",
         model={
             "shape": {"hidden_size": 64, "layers": 2, "heads": 2},
             "epochs": 4,
@@ -77,7 +77,7 @@ PARTS = {
         },
     ),
 }
-SEEDS = {"linear": 8, "linear-24": 8, "transformer": 3}
+SEEDS = {"linear": 8, "linear-32": 8, "linear-24": 8, "transformer": 3}
 
 
 # ---- One reward model --------------------------------------------------------------------------------------
@@ -137,7 +137,8 @@ def measure(world: World, rewards: Array, bias: float) -> Row:
 def turnover(curves: Array) -> tuple[float, list[int]]:
     """gold(peak) − gold(64), the peak (n ≤ 64) chosen on one half of the prompts, measured on the other.
 
-    A curve that rises to the end gives 0. The mean of both ways round, and the two peaks; curves: (prompts, sizes).
+    A curve that rises to the end gives 0, one that falls from the start has its peak at 1. The mean of both
+    ways round, and the two peaks; curves: (prompts, sizes).
     """
     halves = [curves[0::2].mean(axis=0), curves[1::2].mean(axis=0)]
     places = [int(np.argmax(half[: END + 1])) for half in halves]
@@ -208,7 +209,7 @@ def run_part(name: str, seeds: int, results: Row, save: Callable[[], None]) -> N
             pairs=settings.pairs,
             prompts=settings.prompts,
             samples=settings.samples,
-            longest=settings.longest,
+            lengths=settings.lengths,
         )
         with tempfile.TemporaryDirectory() as folder:
             models = (

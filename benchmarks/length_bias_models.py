@@ -30,10 +30,11 @@ from rewards.tasks.coverage import FREE_LENGTH, SPOILED_HIT, SYMBOLS, CoverageTa
 
 Array = NDArray[np.float64]
 Loss = Literal["bradley-terry", "odin"]
+Lengths = Literal["tail", "uniform-32", "uniform-24"]
 
 TRAIN_PROMPTS, HELDOUT_PROMPTS = 4000, 600  # 65 of the 495 sets of symbols are held out
 RIDGE = 0.1
-ODIN_STEPS, ODIN_RATE = 300, 0.05
+ODIN_STEPS, ODIN_RATE = 150, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class World:
     held-out prompt, then of the second, and so on. The held-out prompts have distinct sets of symbols.
     """
 
-    def __init__(self, seed: int, *, pairs: int, prompts: int, samples: int, longest: int) -> None:
+    def __init__(self, seed: int, *, pairs: int, prompts: int, samples: int, lengths: Lengths) -> None:
         data = CoverageTask().generate(
             TaskSettings(
                 kind="coverage",
@@ -85,9 +86,9 @@ class World:
         for number in range(pairs):
             place = number % TRAIN_PROMPTS
             row = data.train[place]
-            one, other = sample(rng, row["answer"], 2, longest)
+            one, other = sample(rng, row["answer"], 2, lengths)
             while one == other:
-                one, other = sample(rng, row["answer"], 2, longest)
+                one, other = sample(rng, row["answer"], 2, lengths)
             first.append((place, row, one))
             second.append((place, row, other))
         self.seed, self.pairs, self.prompts, self.samples = seed, pairs, prompts, samples
@@ -97,7 +98,7 @@ class World:
             [
                 (place, row, text)
                 for place, row in enumerate(data.heldout[:prompts])
-                for text in sample(rng, row["answer"], samples, longest)
+                for text in sample(rng, row["answer"], samples, lengths)
             ]
         )
 
@@ -116,18 +117,23 @@ class World:
         )
 
 
-def sample(rng: np.random.Generator, wanted: str, count: int, longest: int) -> list[str]:
-    """Any length from 1 to `longest`; each character is a wanted one with p = 0.65.
+def sample(rng: np.random.Generator, wanted: str, count: int, lengths: Lengths) -> list[str]:
+    """Responses whose characters are wanted ones with p = 0.65 each, as in the task's spoiled demonstrations.
 
-    With `longest` = 24 it is the distribution that spoiled demonstrations of the task are drawn from.
+    Lengths are uniform from 1 to 32 or 24 (so are those of the demonstrations), or mostly short with a tail:
+    geometric with a mean of 8, at most 32.
     """
+    longest = 24 if lengths == "uniform-24" else 32
     shape = (count, longest)
     others = [symbol for symbol in SYMBOLS if symbol not in wanted]
     letters = np.where(
         rng.random(shape) < SPOILED_HIT, rng.choice(list(wanted), shape), rng.choice(others, shape)
     )
-    lengths = rng.integers(1, longest + 1, count)
-    return ["".join(row[:length]) for row, length in zip(letters, lengths, strict=True)]
+    if lengths == "tail":
+        sizes = np.minimum(rng.geometric(1 / 8, count), longest)
+    else:
+        sizes = rng.integers(1, longest + 1, count)
+    return ["".join(row[:length]) for row, length in zip(letters, sizes, strict=True)]
 
 
 # ---- Linear ------------------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ class Evaluation:
     `rewards` is the training reward. `components` has the same means of every single reward, and of every
     number that it logs beside, by name: those of role `evaluate` are there and nowhere else. `kl_k3` is the
     mean over samples of Σ_t (e^(−δ) − 1 + δ), δ = log μ − log π_ref, which is never negative; `entropy` is
-    −mean log μ over tokens, an estimate of the policy's entropy from its own samples.
+    −mean log μ over tokens, an estimate of the policy's entropy from its own samples; `lengths` are the mean
+    response tokens of each prompt.
     """
 
     version: int
@@ -59,6 +60,7 @@ class Evaluation:
     kl_k3: float | None = None
     entropy: float | None = None
     finished_fraction: float | None = None
+    lengths: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -209,6 +211,9 @@ def summarise(answers: Sequence[Group | RewardFailure], version: int) -> Evaluat
         kl_k3=float(np.mean(k3)),
         entropy=-float(np.mean(logprobs)),
         finished_fraction=float(np.mean([t.completion.finished for t in trajectories])),
+        lengths={
+            g.prompt.id: float(np.mean([len(t.completion.token_ids) for t in g.trajectories])) for g in groups
+        },
     )
 
 

