@@ -22,6 +22,7 @@ finished cell is added to length_bias.json at once, so an interrupted benchmark 
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -266,10 +267,21 @@ def open_results(path: Path, parts: list[str]) -> Row:
 
 
 def write(path: Path, results: Row) -> None:
-    """The whole file or none of it."""
+    """The whole file or none of it; numbers have six digits, and lists and objects of them a line each."""
+    text = json.dumps(shortened(results), indent=1)
+    text = re.sub(r"[\[{]\s+[^][{}]*[]}]", lambda found: " ".join(found[0].split()), text)
     partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def shortened(value: Any) -> Any:
+    """The same with six significant digits in every number."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: shortened(part) for name, part in value.items()}
+    return [shortened(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         panels = figure.subplots(len(parts), 4, squeeze=False)
         for axes, (name, summary) in zip(panels, parts.items(), strict=True):
             rows, seeds = summary["table"], summary["seeds"]
-            title = f"{name} reward models, {seeds} seeds" if seeds > 1 else f"{name} reward models, 1 seed"
+            title = f"{name} reward models, {seeds} seed{'s' if seeds > 1 else ''}"
             _curves(axes[0], rows, "gold", kl, results["sizes"])
             axes[0].set_ylabel("gold reward of the best of n", color=INK)
             _curves(axes[1], rows, "proxy", kl, results["sizes"])

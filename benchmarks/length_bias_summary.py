@@ -127,7 +127,7 @@ def claims(cells: Cells) -> list[Row]:
 
 def show(name: str, summary: Row) -> None:
     """The summary as a table."""
-    print(f"\n{name}, {summary['seeds']} seeds; win rates of the best of 16 against one sample")
+    print(f"\n{name}, {summary['seeds']} seed(s); win rates of the best of 16 against one sample")
     print(
         "  b   method          gold at 1     8    64   128  turnover  ρ pooled  within  |gold  accuracy"
         "  labels  win: gold   raw  controlled"

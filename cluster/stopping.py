@@ -12,10 +12,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop` at each of the signals, for a block of code inside the running event loop.
 
-    A signal that the process was started to ignore (`nohup`) stays ignored.
+    A lost terminal stays ignored where the process was started so (`nohup`). SIGINT does not: shells start
+    what is to run in the background with SIGINT ignored, and whoever sends it there all the same means it.
     """
     loop = asyncio.get_running_loop()
-    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = [number for number in _SIGNALS if not (number == signal.SIGHUP and ignored)]
     for number in heard:
         loop.add_signal_handler(number, stop)
     try:

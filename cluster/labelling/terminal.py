@@ -56,7 +56,7 @@ class Terminal:
     def __enter__(self) -> Self:
         sys.stdout.flush()
         self._before = termios.tcgetattr(self._in)
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._handlers[number] = signal.signal(number, _interrupt)
         mode = termios.tcgetattr(self._in)
         mode[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG | termios.IEXTEN)
