@@ -1,4 +1,4 @@
-"""The demo over several seeds: gain with its interval, wall-clock, peak memory. Writes demo_seeds.json.
+"""The demo over several seeds: gains with their intervals, wall-clock, peak memory. Writes demo_seeds.json.
 
     python benchmarks/demo_seeds.py [--seeds 3] [--keep FOLDER]
 
@@ -12,17 +12,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 from machine import StolenTime, describe
 
+from cluster.evaluation import Evaluation, paired_gain
+from cluster.heldout import EVALUATION_AFTER, EVALUATION_BEFORE
+
 HERE = Path(__file__).resolve().parent
 KEPT = (
     *("status", "steps", "reward_initial", "reward_final", "reward_gain", "reward_gain_ci95", "kl_final"),
     *("lag_max", "lag_mean", "groups_dropped", "padding_fraction", "sync_probe_max_abs_diff", "sync_s_mean"),
-    *("trainer_wait_fraction", "rollout_wait_fraction", "wall_s"),
+    *("trainer_wait_fraction", "rollout_wait_fraction", "scoring_exposed_fraction", "wall_s"),
+    *("win_rates", "best", "verdicts"),
 )
 GIB = 1024**3
 
@@ -46,9 +51,7 @@ def run_demo(seed: int, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "cluster.cli", "demo", "--run-dir", str(folder)]
     started = time.monotonic()
     stolen = StolenTime(started)
-    process = subprocess.Popen(
-        [*command, "--set", f"run.seed={seed}", "--set", f"task.seed={seed}"], cwd=HERE.parent
-    )
+    process = subprocess.Popen([*command, "--seed", str(seed)], cwd=HERE.parent)
     peak = 0
     while process.poll() is None:
         peak = max(peak, family_memory(psutil.Process(process.pid)))
@@ -58,10 +61,31 @@ def run_demo(seed: int, folder: Path) -> dict[str, Any]:
     return {
         "seed": seed,
         **{key: summary[key] for key in KEPT},
+        "rewards": gains(folder),
+        "reward_model_accuracy": {
+            stage: json.loads((folder / "stages" / stage / "summary.json").read_text())["accuracy"]
+            for stage in ("3-reward-model", "4-heldout-reward-model")
+        },
         "process_s": seconds,
         "peak_pss_gib": peak / GIB,
         "cpu_stolen_fraction": stolen.share(started + seconds),
     }
+
+
+def gains(folder: Path) -> dict[str, dict[str, Any]]:
+    """Each reward before and after PPO on held-out prompts, and the paired gain's interval."""
+    before, after = (Evaluation.load(folder / name) for name in (EVALUATION_BEFORE, EVALUATION_AFTER))
+    found = {}
+    for label in ("proxy", "twin", "gold"):
+        ends = [replace(one, rewards=one.components[label]) for one in (before, after)]
+        gain = paired_gain(*ends)
+        found[label] = {
+            "before": ends[0].mean,
+            "after": ends[1].mean,
+            "gain": gain.mean,
+            "ci95": [gain.low, gain.high],
+        }
+    return found
 
 
 def main() -> None:
@@ -76,11 +100,11 @@ def main() -> None:
     result = {"command": "python benchmarks/demo_seeds.py", "machine": describe(), "runs": runs}
     (HERE / "demo_seeds.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for run in runs:
-        low, high = run["reward_gain_ci95"]
+        gold = run["rewards"]["gold"]
+        low, high = gold["ci95"]
         print(
-            f"seed {run['seed']}: {run['reward_initial']:.3f} → {run['reward_final']:.3f}, gain "
-            f"{run['reward_gain']:+.3f} [{low:+.3f}, {high:+.3f}], {run['process_s']:.0f} s, "
-            f"{run['peak_pss_gib']:.1f} GiB"
+            f"seed {run['seed']}: gold {gold['before']:.3f} → {gold['after']:.3f}, gain {gold['gain']:+.3f} "
+            f"[{low:+.3f}, {high:+.3f}], {run['process_s']:.0f} s, {run['peak_pss_gib']:.1f} GiB"
         )
 
 

@@ -71,8 +71,8 @@ PARTS = {
         lengths="tail",
         model={
             "shape": {"hidden_size": 64, "layers": 2, "heads": 2},
-            "epochs": 4,
-            "batch_size": 64,
+            "epochs": 8,
+            "batch_size": 32,
             "lr": 3e-3,
             "scored_pairs": 1000,
         },

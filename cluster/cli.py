@@ -102,7 +102,7 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
         "without a stage of PPO; may be given many times",
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of every stage (0)")
-    demo.add_argument("--pairs", type=int, default=2000, help="labels to make, half for either model (2000)")
+    demo.add_argument("--pairs", type=int, default=3000, help="labels to make, half for either model (3000)")
     demo.add_argument(
         "--length-bias",
         type=float,

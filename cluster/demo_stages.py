@@ -23,7 +23,7 @@ kind = "coverage"
 train_size = 2048
 heldout_size = 256
 demonstrations = 8192
-corruption = 0.9
+corruption = 0.8
 seed = {seed}
 """
 
@@ -58,7 +58,7 @@ objective = "reward_model"
 
 [run]
 name = "demo-{name}"
-epochs = 2
+epochs = 3
 batch_size = 64
 evaluate_every = 0
 seed = {seed}
@@ -75,7 +75,7 @@ empty_responses = "keep"
 threads = 2
 
 [optimizer]
-lr = 3e-4
+lr = 5e-4
 warmup_updates = 5
 schedule = "cosine"
 
