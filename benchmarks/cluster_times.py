@@ -42,7 +42,7 @@ checkpoint_every = 0
 [model.scratch]
 hidden_size = {hidden}
 layers = {layers}
-heads = 4
+heads = 2
 max_length = 64
 [task]
 kind = "reversal"

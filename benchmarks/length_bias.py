@@ -71,9 +71,10 @@ PARTS = {
         lengths="tail",
         model={
             "shape": {"hidden_size": 64, "layers": 2, "heads": 2},
-            "epochs": 8,
-            "batch_size": 32,
-            "lr": 3e-3,
+            "warmup": 600,
+            "epochs": 3,
+            "batch_size": 64,
+            "lr": 2e-3,
             "scored_pairs": 1000,
         },
     ),

@@ -33,8 +33,10 @@ Loss = Literal["bradley-terry", "odin"]
 Lengths = Literal["tail", "uniform-32", "uniform-24"]
 
 TRAIN_PROMPTS, HELDOUT_PROMPTS = 4000, 600  # 65 of the 495 sets of symbols are held out
+DEMONSTRATIONS = 4096  # of training sets alone
 RIDGE = 0.1
 ODIN_STEPS, ODIN_RATE = 150, 0.1
+WARMUP_RATE, WARMUP_BATCH = 3e-3, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ class World:
                 kind="coverage",
                 train_size=TRAIN_PROMPTS,
                 heldout_size=HELDOUT_PROMPTS,
-                demonstrations=0,
+                demonstrations=DEMONSTRATIONS,
                 seed=seed,
             )
         )
@@ -93,6 +95,7 @@ class World:
             second.append((place, row, other))
         self.seed, self.pairs, self.prompts, self.samples = seed, pairs, prompts, samples
         self.train = Responses.of([*first, *second])
+        self.demonstrations = data.demonstrations
         rng = np.random.default_rng([seed, 1])
         self.test = Responses.of(
             [
@@ -216,9 +219,10 @@ class LinearModels:
 
 
 class TransformerModels:
-    """Reward models that start from one tiny Llama of random weights and are trained as a job trains them.
+    """Reward models that start from one tiny Llama and are trained as a job trains them.
 
-    One learner rank, in this process. Of the training responses only those of the first `scored_pairs` pairs
+    The Llama starts from random weights and first imitates the task's demonstrations for `warmup` updates, as
+    a reward model usually starts from a policy. One learner rank, in this process. Of the training responses only those of the first `scored_pairs` pairs
     are scored afterwards.
     """
 
@@ -228,6 +232,7 @@ class TransformerModels:
         folder: Path,
         *,
         shape: dict[str, int],
+        warmup: int,
         epochs: int,
         batch_size: int,
         lr: float,
@@ -236,6 +241,8 @@ class TransformerModels:
         scratch = ScratchSettings(**shape, max_length=64)
         self._folder = build_scratch_model(scratch, CoverageTask().alphabet(), folder, world.seed)
         tokenizer = load_tokenizer(self._folder)
+        if warmup:
+            imitate(self._folder, tokenizer, world.demonstrations, updates=warmup, seed=world.seed)
         encoder = RewardEncoder(tokenizer, TextFormat(max_length=64))
         encoded = [
             encoder.encode_item((prompt, text, True))
@@ -287,3 +294,31 @@ class TransformerModels:
             pad_token_id=self._pad,
             vocabulary=self._vocabulary,
         )
+
+
+def imitate(folder: Path, tokenizer: Any, rows: Sequence[dict[str, Any]], *, updates: int, seed: int) -> None:
+    """Supervised fine-tuning of the model in `folder` on demonstrations, in place."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(2)
+    encoder = RewardEncoder(tokenizer, TextFormat(max_length=64))
+    demonstrations = [encoder.encode_item((row["prompt"], row["completion"], True)) for row in rows]
+    model = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=WARMUP_RATE, weight_decay=0.0)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, WARMUP_RATE, updates, pct_start=0.1)
+    rng = np.random.default_rng([seed, 3])
+    for _ in range(updates):
+        batch = [demonstrations[i] for i in rng.integers(0, len(demonstrations), WARMUP_BATCH)]
+        longest = max(len(one.ids) for one in batch)
+        ids = torch.tensor([one.ids + [0] * (longest - len(one.ids)) for one in batch])
+        sizes = torch.tensor([len(one.ids) for one in batch])
+        starts = sizes - torch.tensor([one.length + 1 for one in batch])
+        at = torch.arange(longest)
+        answer = (at >= starts[:, None]) & (at < sizes[:, None])
+        loss = model(input_ids=ids, labels=torch.where(answer, ids, -100)).loss  # padding is never looked at
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+    model.save_pretrained(folder)
