@@ -222,8 +222,8 @@ class TransformerModels:
     """Reward models that start from one tiny Llama and are trained as a job trains them.
 
     The Llama starts from random weights and first imitates the task's demonstrations for `warmup` updates, as
-    a reward model usually starts from a policy. One learner rank, in this process. Of the training responses only those of the first `scored_pairs` pairs
-    are scored afterwards.
+    a reward model usually starts from a policy. One learner rank, in this process. Of the training responses
+    only those of the first `scored_pairs` pairs are scored afterwards.
     """
 
     def __init__(
