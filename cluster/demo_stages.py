@@ -23,7 +23,7 @@ kind = "coverage"
 train_size = 2048
 heldout_size = 256
 demonstrations = 8192
-corruption = 0.8
+corruption = 0.9
 seed = {seed}
 """
 
@@ -32,7 +32,7 @@ objective = "supervised"
 
 [run]
 name = "demo-imitation"
-steps = 150
+steps = 400
 batch_size = 128
 evaluate_every = 0
 seed = {seed}
@@ -88,9 +88,9 @@ objective = "ppo"
 
 [run]
 name = "demo"
-steps = 40
+steps = 20
 batch_size = 256
-evaluate_every = 8
+evaluate_every = 4
 checkpoint_every = 20
 seed = {seed}
 
