@@ -184,13 +184,14 @@ class LinearModels:
     def _bradley_terry(self, wins: NDArray[np.bool_]) -> Array:
         first, second = np.split(self._train, 2)
         nothing = np.zeros((1, first.shape[1]))
-        return fit_linear(
+        head = fit_linear(
             first - second,
             wins.astype(np.float64),
             ridge=RIDGE,
             centre=nothing,
             weight=np.ones((1, len(first))),
         )[0]
+        return np.asarray(head, dtype=np.float64)
 
     def _odin(self, wins: NDArray[np.bool_]) -> Array:
         """The quality head. Whole batches, Adam, a cosine decay; heads (2, D) are free in size.
@@ -208,8 +209,7 @@ class LinearModels:
         for _ in range(ODIN_STEPS):
             value, _figures = odin(heads @ chosen.T, heads @ rejected.T, both)
             overlap = torch.nn.functional.cosine_similarity(heads[0], heads[1], dim=0).abs()
-            optimizer.zero_grad()
-            (value + overlap).backward()
+            (heads.grad,) = torch.autograd.grad(value + overlap, heads)
             optimizer.step()
             decay.step()
         return np.asarray(heads.detach()[0].numpy(), dtype=np.float64)
@@ -231,7 +231,7 @@ class TransformerModels:
         world: World,
         folder: Path,
         *,
-        shape: dict[str, int],
+        shape: dict[str, Any],
         warmup: int,
         epochs: int,
         batch_size: int,
