@@ -98,14 +98,14 @@ class LearnerRanks:
         )
         return list(await asyncio.gather(*calls))
 
-    async def start(self, model: ShippedFolder | None, marker: Path, *further: Any) -> Any:
-        """Let the ranks meet; `model` is a folder to ship, where hosts need it, and `further` comes with it.
+    async def start(self, model: ShippedFolder | None, marker: Path) -> Any:
+        """Let the ranks meet; `model` is a folder to ship, where hosts need it.
 
         Raises ValueError if some rank does not see `marker`, a file in the run folder, into which it is to
         write.
         """
         if model is not None:
-            await self.all("use_model", model, *further, self._start_s, seconds=self._start_s + 30)
+            await self.all("use_model", model, self._start_s, seconds=self._start_s + 30)
             for remote in self._remotes:
                 if not await remote.call("sees", str(marker), seconds=self._start_s):
                     raise ValueError(

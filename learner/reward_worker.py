@@ -8,17 +8,13 @@
 it on all ranks. The class knows nothing of Ray's remote calls.
 """
 
-import dataclasses
 import gc
 import json
 import os
 import resource
 import shutil
-import socket
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +23,9 @@ import torch
 from torch import Tensor
 
 from actors.language_model import DTYPES
-from actors.shipping import ShippedFolder, local_folder
 from learner.checkpoint import copy_tokenizer
-from learner.engine import TrainingEngine, barrier, start_process_group
+from learner.engine import TrainingEngine, barrier
+from learner.rank import LearnerRank
 from learner.reward_module import EmbeddingInputs, Inputs, RewardOnEmbeddings, RewardTransformer, TokenInputs
 from learner.reward_training import (
     PairData,
@@ -83,16 +79,12 @@ class RewardFacts:
     seconds: float
 
 
-class RewardLearner:
+class RewardLearner(LearnerRank):
     """A data-parallel rank: one member at a time, with its optimizer."""
 
     def __init__(self, rank: int, world_size: int, job: RewardJob) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank = {rank} is outside a group of {world_size}")
-        self._rank = rank
-        self._ranks = world_size
-        self._job = job
-        self._device = "cpu"
+        super().__init__(rank, world_size, job)
+        self._job: RewardJob = job
         self._engine: TrainingEngine | None = None
         self._inputs: Inputs | None = None
         self._data: PairData | None = None
@@ -104,41 +96,10 @@ class RewardLearner:
 
     # --- Start and end -----------------------------------------------------------------------------------
 
-    def rendezvous(self) -> tuple[str, int]:
-        """(address, free port) of this host, where the ranks can meet. Asked of rank 0."""
-        address = "127.0.0.1"
-        if self._ranks > 1 and "ray" in sys.modules:
-            import ray
-
-            address = ray.util.get_node_ip_address()
-        with closing(socket.socket()) as probe:
-            probe.bind((address, 0))
-            return address, int(probe.getsockname()[1])
-
-    def use_model(self, model: ShippedFolder, seconds: float) -> None:
-        """Before `start`: take the model from the driver's host, unless this is it. Raises ShippingError."""
-        self._job = dataclasses.replace(self._job, model_path=str(local_folder(model, seconds)))
-
-    def sees(self, path: str) -> bool:
-        """Whether this host has a file: the driver asks, to learn whether they share the run's folder."""
-        return Path(path).is_file()
-
     def start(self, address: str, port: int) -> RewardFacts:
         """Join the group."""
         began = time.perf_counter()
-        settings = self._job.learner
-        torch.set_num_threads(settings.threads or max(1, int(settings.cores)))
-        if settings.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError('learner.device = "cuda", but this process sees no GPU; use "cpu" or "auto"')
-        self._device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
-        start_process_group(
-            rank=self._rank,
-            world_size=self._ranks,
-            address=address,
-            port=port,
-            device=self._device,
-            timeout_s=settings.step_timeout_s,
-        )
+        self._join(address, port)
         return RewardFacts(self._rank, self._device, time.perf_counter() - began)
 
     def stop(self) -> None:

@@ -9,11 +9,8 @@ calls; it is an ordinary class that can be made and used in one process.
 
 import dataclasses
 import resource
-import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +25,11 @@ from actors.shipping import ShippedFolder, local_folder
 from actors.weight_files import host_id
 from learner import checkpoint
 from learner.batch import flatten
-from learner.engine import TrainingEngine, start_process_group
+from learner.engine import TrainingEngine
 from learner.kl import KLController
 from learner.models import Critic, Policy
 from learner.ppo import PPO
+from learner.rank import LearnerRank
 from learner.schedule import learning_rate
 from learner.settings import (
     CorrectionSettings,
@@ -82,16 +80,12 @@ class LearnerFacts:
     seconds: float
 
 
-class LearnerWorker:
+class LearnerWorker(LearnerRank):
     """A data-parallel rank: the policy, its critic, their optimizers and the counters of training."""
 
     def __init__(self, rank: int, world_size: int, job: LearnerJob) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank = {rank} is outside a group of {world_size}")
-        self._rank = rank
-        self._ranks = world_size
-        self._job = job
-        self._device = "cpu"
+        super().__init__(rank, world_size, job)
+        self._job: LearnerJob = job
         self._policy: TrainingEngine | None = None
         self._critic: TrainingEngine | None = None
         self._publisher: Any = None
@@ -102,43 +96,19 @@ class LearnerWorker:
 
     # --- Start and end -----------------------------------------------------------------------------------
 
-    def rendezvous(self) -> tuple[str, int]:
-        """(address, free port) of this host, where the ranks can meet. Asked of rank 0."""
-        address = "127.0.0.1"
-        if self._ranks > 1 and "ray" in sys.modules:
-            import ray
-
-            address = ray.util.get_node_ip_address()
-        with closing(socket.socket()) as probe:
-            probe.bind((address, 0))
-            return address, int(probe.getsockname()[1])
-
     def use_models(self, policy: ShippedFolder, critic: ShippedFolder | None, seconds: float) -> None:
         """Before `start`: take the models from the driver's host, unless this is it. Raises ShippingError."""
         model = self._job.model
         if critic is not None:
             model = model.model_copy(update={"critic": str(local_folder(critic, seconds))})
-        path = str(local_folder(policy, seconds))
-        self._job = dataclasses.replace(self._job, model_path=path, model=model)
-
-    def sees(self, path: str) -> bool:
-        """Whether this host has a file: the driver asks, to learn whether they share the run's folder."""
-        return Path(path).is_file()
+        self._job = dataclasses.replace(self._job, model=model)
+        self.use_model(policy, seconds)
 
     def start(self, address: str, port: int) -> LearnerFacts:
         """Join the group, load the model and build the engines."""
         began = time.perf_counter()
         job = self._job
-        torch.set_num_threads(job.learner.threads or max(1, int(job.learner.cores)))
-        self._device = self._choose_device()
-        start_process_group(
-            rank=self._rank,
-            world_size=self._ranks,
-            address=address,
-            port=port,
-            device=self._device,
-            timeout_s=job.learner.step_timeout_s,
-        )
+        self._join(address, port)
         torch.manual_seed(job.seed)
         model = self._load(job.model_path, job.model.revision)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -369,12 +339,6 @@ class LearnerWorker:
             absent = model.load_state_dict(weights, strict=False)
             assert not absent.unexpected_keys, absent
         self._critic = self._engine(Critic(model), "critic")
-
-    def _choose_device(self) -> str:
-        wanted = self._job.learner.device
-        if wanted == "cuda" and not torch.cuda.is_available():
-            raise ValueError('learner.device = "cuda", but this process sees no GPU; use "cpu" or "auto"')
-        return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
     def _load(self, path: str, revision: str | None) -> Any:
         model = load_causal_model(

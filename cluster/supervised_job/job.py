@@ -125,7 +125,7 @@ class SupervisedRun:
                 model = None
                 if config.cluster.address:
                     model = await asyncio.to_thread(ship, self.inputs.model_path)
-                await self._ranks.start(model, self.run_dir.resolve() / CONFIG, None)
+                await self._ranks.start(model, self.run_dir.resolve() / CONFIG)
                 if self._resume_from is not None:
                     await self._ranks.all("restore", str(self._resume_from.resolve()))
                 await self._train()
