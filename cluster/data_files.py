@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,6 +64,11 @@ class Quarantine:
         """For example `3 × empty prompt, 1 × not JSON`, the commonest first."""
         counts = self.counts if counts is None else counts
         return ", ".join(f"{count} × {reason}" for reason, count in counts.most_common())
+
+    def announce(self, say: Callable[[str], None]) -> None:
+        """Say how many rows were put aside and where they are told, if any were."""
+        if self.counts:
+            say(f"warning: {self.counts.total()} rows were put aside ({self.describe()}): see {self.path}")
 
 
 class Reading:

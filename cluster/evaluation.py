@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from actors.records import Group, Prompt, RewardFailure, SampledGroup, SampleRequest, Trajectory
+from actors.records import Group, Prompt, RewardFailure, SampleRequest, Trajectory
 from actors.settings import RolloutSettings
-from cluster.remote import WorkerFailedError, WorkerLostError
 from cluster.rollout_pool import RolloutPool
 from cluster.scoring_pool import ScoringPool
 
@@ -166,26 +165,11 @@ async def evaluate(
             request = SampleRequest(
                 _FIRST_ID - index, prompt, samples, settings.max_new_tokens, settings.temperature
             )
-            sampled = await _sample(rollouts, request, settings.max_attempts)
+            sampled = await rollouts.sample_anywhere(request)
         return await scoring.score(replace(sampled, evaluation=True))
 
     answers = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
     return summarise(answers, version)
-
-
-async def _sample(rollouts: RolloutPool, request: SampleRequest, attempts: int) -> SampledGroup:
-    """Sample on the least busy actor, again where one failed or was lost."""
-    for attempt in range(1, attempts + 1):
-        actor = await rollouts.free_actor()
-        rollouts.slots.begin(actor.remote.name)
-        try:
-            return await rollouts.sample(actor, request)
-        except (WorkerFailedError, WorkerLostError):
-            if attempt == attempts:
-                raise
-        finally:
-            rollouts.free_slot(actor.remote.name)
-    raise AssertionError("rollout.max_attempts is at least 1")
 
 
 def summarise(answers: Sequence[Group | RewardFailure], version: int) -> Evaluation:

@@ -145,6 +145,23 @@ class RolloutPool:
         finally:
             actor.end()
 
+    async def sample_anywhere(self, request: SampleRequest) -> SampledGroup:
+        """Sample on the least busy actor, and on another where one fails or is lost.
+
+        Raises what the last of `rollout.max_attempts` attempts raised.
+        """
+        for attempt in range(1, self._rollout.max_attempts + 1):
+            actor = await self.free_actor()
+            self.slots.begin(actor.remote.name)
+            try:
+                return await self.sample(actor, request)
+            except (WorkerFailedError, WorkerLostError):
+                if attempt == self._rollout.max_attempts:
+                    raise
+            finally:
+                self.free_slot(actor.remote.name)
+        raise AssertionError("rollout.max_attempts is at least 1")
+
     def free_slot(self, name: str) -> None:
         """A group that held a slot of an actor ended; nothing is left to free where the actor is lost."""
         if name in self.slots:

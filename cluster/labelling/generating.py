@@ -25,7 +25,7 @@ from cluster.data_files import BadRow, Quarantine, Reading, read_rows
 from cluster.labelling.records import POOL_COLUMNS
 from cluster.placement import ray_session, role_resource, sampler_seed, sync_backend, usable_gpus
 from cluster.prepare import load_model_config, load_tokenizer, longest_sequence
-from cluster.remote import Remote, WorkerFailedError, WorkerLostError
+from cluster.remote import Remote
 from cluster.rollout_pool import RolloutPool
 from cluster.workers import stop_all
 
@@ -168,7 +168,7 @@ async def _sample_all(
                 number, prompt, rollout.group_size, rollout.max_new_tokens, rollout.temperature
             )
             async with slots:
-                group = await _sample(pool, request, rollout.max_attempts)
+                group = await pool.sample_anywhere(request)
             done += 1
             on_done(done)
             return group
@@ -178,21 +178,6 @@ async def _sample_all(
         return [task.result() for task in under_way]
     finally:
         await stop_all(remotes)
-
-
-async def _sample(pool: RolloutPool, request: SampleRequest, attempts: int) -> SampledGroup:
-    """On the least busy actor, again where one failed."""
-    for attempt in range(1, attempts + 1):
-        actor = await pool.free_actor()
-        pool.slots.begin(actor.remote.name)
-        try:
-            return await pool.sample(actor, request)
-        except (WorkerFailedError, WorkerLostError):
-            if attempt == attempts:
-                raise
-        finally:
-            pool.free_slot(actor.remote.name)
-    raise AssertionError("rollout.max_attempts is at least 1")
 
 
 def _actor(config: JobConfig, policy: Policy, number: int, *, cuda: bool) -> Remote:

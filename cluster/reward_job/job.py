@@ -3,8 +3,7 @@
     prepare (pairs as tokens) → learner ranks → for each member: updates, held-out looks, checkpoints
       → scores of all responses, weights → reward_model/ with its card → read back and compared → evaluated
 
-Only the learner ranks are started. What the user can mend is raised as ValueError before any of them;
-whatever fails later ends the run with one logged cause.
+Only the learner ranks are started.
 """
 
 import asyncio
@@ -15,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.shipping import ship
 from cluster import checkpoint
 from cluster.config_file import ConfigError
-from cluster.job import run_and_catch
-from cluster.learner_ranks import LearnerRanks, put
+from cluster.job import Kind
+from cluster.learner_ranks import put
+from cluster.learner_run import LearnerRun
 from cluster.monitor import Monitor, dump, write_atomically
-from cluster.placement import learner_session
 from cluster.reward_job.config import RewardJobConfig
 from cluster.reward_job.evaluation import evaluate_model
 from cluster.reward_job.finish import (
@@ -35,9 +33,6 @@ from cluster.reward_job.finish import (
 )
 from cluster.reward_job.inputs import HELDOUT, TRAIN, RewardInputs, describe_sets, prepare_reward_job
 from cluster.reward_job.report import write_reward_report
-from cluster.run_folder import CONFIG, RunFolder
-from cluster.stopping import stop_signals
-from cluster.summary import package_versions
 from learner.reward_training import batches_an_epoch
 from learner.reward_worker import RewardJob, RewardLearner
 from rewards.models.card import EVALUATION, RewardCard, write_card
@@ -54,123 +49,43 @@ class SavedModelDiffersError(RuntimeError):
     """The reward model on disk does not score as the one that was trained."""
 
 
-def run_reward_job(config: RewardJobConfig, run_dir: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Train in `run_dir` and give the run's summary, as `cluster.job.run_job` does for other objectives."""
-    started = time.perf_counter()
-    folder = RunFolder(run_dir, config, resume=resume)
-    try:
-        found = _checkpoint_to_resume(run_dir) if resume else None
-        try:
-            inputs = prepare_reward_job(config, run_dir)
-            run = RewardRun(config, inputs, run_dir, found[0] if found else None)
-        except (ValueError, KeyboardInterrupt):
-            folder.discard()
-            raise
-        folder.accept(config)
-        return _run_and_report(run, found, started)
-    finally:
-        folder.close()
+class RewardRun(LearnerRun):
+    """A run in progress; `_work` is the story, the rest its chapters."""
 
-
-def _checkpoint_to_resume(run_dir: Path) -> tuple[Path, list[str]]:
-    if (run_dir / REWARD_MODEL).is_dir():
-        raise ConfigError(
-            f"--resume: the run in {run_dir} is finished, its reward model is in {run_dir / REWARD_MODEL}; "
-            "start a new run to train another"
-        )
-    return checkpoint.latest(run_dir / "checkpoints")
-
-
-def _run_and_report(run: "RewardRun", found: tuple[Path, list[str]] | None, started: float) -> dict[str, Any]:
-    config, run_dir = run.config, run.run_dir
-    with Monitor(
-        run_dir,
-        config.monitor,
-        config.model_dump(mode="json"),
-        run.total_steps,
-        resume_from=run.step if found else None,
-    ) as monitor:
-        _announce(monitor, run.inputs, found)
-        outcome = run_and_catch(
-            run, monitor, lambda: learner_session(config.learner, config.cluster, run_dir)
-        )
-        summary = run.summary() | outcome | {"wall_s": time.perf_counter() - started}
-        monitor.summary(summary)
-        report = write_reward_report(run_dir)
-        monitor.report(report)
-        where = f"reward model in {run_dir / REWARD_MODEL}, " if outcome["status"] == "completed" else ""
-        monitor.event(f"{summary['status']}: {where}report in {report}")
-        monitor.close(0 if summary["status"] == "completed" else 1)
-    return summary
-
-
-def _announce(monitor: Monitor, inputs: RewardInputs, found: tuple[Path, list[str]] | None) -> None:
-    monitor.event(f"data: {describe_sets(inputs.sets)}")
-    if inputs.quarantine.counts:
-        monitor.event(
-            f"warning: {inputs.quarantine.counts.total()} rows were put aside "
-            f"({inputs.quarantine.describe()}): see {inputs.quarantine.path}"
-        )
-    for doubt in inputs.report.doubts:
-        monitor.event(f"warning: {doubt}")
-    if found is not None:
-        for problem in found[1]:
-            monitor.event(f"warning: checkpoint {problem}; an older one is used")
-        monitor.alert("restart", f"resuming from {found[0].name}")
-
-
-class RewardRun:
-    """A run in progress; `run` is the story, the rest its chapters."""
+    worker = RewardLearner
+    data = "preferences"
 
     def __init__(
         self, config: RewardJobConfig, inputs: RewardInputs, run_dir: Path, resume_from: Path | None
     ) -> None:
         """Raises ValueError where the data are not those that a resumed run was started with."""
-        self.config = config
-        self.inputs = inputs
-        self.run_dir = run_dir
-        self._resume_from = resume_from
         pairs = len(inputs.data.chosen)
-        self._updates = config.run.epochs * batches_an_epoch(pairs, config.run.batch_size)
-        self.step = 0
-        if resume_from is not None:
-            state = checkpoint.read_state(resume_from)
-            if state.get("data") != inputs.fingerprint:
-                raise ConfigError(
-                    "--resume: the preferences are not those that the run was started with (their rows, or "
-                    "the tokens made of them, have changed); restore the files, or start a new run"
-                )
-            self.step = int(state["step"])
-        self._stopping = False
-        self._training = False
+        self._updates = config.run.epochs * batches_an_epoch(pairs, config.run.batch_size)  # of a member
+        super().__init__(
+            config, inputs, run_dir, resume_from, total_steps=self._updates * config.reward_model.members
+        )
+        self.config: RewardJobConfig = config
+        self.inputs = inputs
         self._parameters: int | None = None
         self._card: RewardCard | None = None
         self._evaluation: dict[str, Any] = {}
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer updates of all members."""
-        return self._updates * self.config.reward_model.members
+    def announce(self, monitor: Monitor) -> None:
+        """How many pairs there are, and what of them is in doubt."""
+        monitor.event(f"data: {describe_sets(self.inputs.sets)}")
+        self.inputs.quarantine.announce(monitor.event)
+        for doubt in self.inputs.report.doubts:
+            monitor.event(f"warning: {doubt}")
 
-    async def run(self, monitor: Monitor, *, cuda: bool) -> bool:
-        """Run to the end; true if a stop was asked for on the way."""
-        self._monitor = monitor
-        self._task = asyncio.current_task()
-        with stop_signals(self._stop):
-            self._ranks = await LearnerRanks.gather(
-                self.config, RewardLearner, self._learner_job(), cuda=cuda
-            )
-            try:
-                await self._start()
-                first, done = divmod(self.step, self._updates)
-                for member in range(first, self.config.reward_model.members):
-                    await self._train_member(member, done)
-                    done = 0
-                    if self._stopping:
-                        return True
-                await self._finish()
-            finally:
-                await self._ranks.dismiss()
+    async def _work(self) -> bool:
+        await self._give_data()
+        first, done = divmod(self.step, self._updates)
+        for member in range(first, self.config.reward_model.members):
+            await self._train_member(member, done)
+            done = 0
+            if self._stopping:
+                return True
+        await self._finish()
         return False
 
     # ---- before training -----------------------------------------------------------------------------------
@@ -190,12 +105,7 @@ class RewardRun:
             vocabulary=inputs.vocabulary,
         )
 
-    async def _start(self) -> None:
-        self._monitor.event("starting the learner")
-        model = None
-        if self.config.cluster.address:
-            model = await asyncio.to_thread(ship, self.inputs.model_path)
-        await self._ranks.start(model, self.run_dir.resolve() / CONFIG)
+    async def _give_data(self) -> None:
         embeddings = ""
         if self.config.reward_model.kind == "embedding":
             embeddings = str(await self._embed())
@@ -239,8 +149,7 @@ class RewardRun:
         count = self.config.reward_model.members
         self._parameters = await self._ranks.all("begin_member", member)
         if done:
-            assert self._resume_from is not None
-            await self._ranks.all("restore", str(self._resume_from.resolve()))
+            await self._restore()
         elif count > 1:
             self._monitor.event(f"member {member + 1} of {count}")
         looks = self._looks()
@@ -306,17 +215,6 @@ class RewardRun:
             "preference/heldout_loss": float(np.logaddexp(0.0, -gap).mean()),
         }
 
-    async def _checkpoint(self) -> None:
-        """Save what a resume needs; the folder appears whole or not at all."""
-        folder = checkpoint.begin(self.run_dir / "checkpoints", self.step)
-        await self._ranks.all("save", str(folder.resolve()))
-        state = {"step": self.step, "data": self.inputs.fingerprint}
-        keep = self.config.run.keep_checkpoints
-        final = await asyncio.to_thread(
-            checkpoint.commit, self.run_dir / "checkpoints", self.step, state, keep=keep
-        )
-        self._monitor.event(f"checkpoint {final}")
-
     # ---- the end -------------------------------------------------------------------------------------------
 
     async def _finish(self) -> None:
@@ -366,10 +264,7 @@ class RewardRun:
         }
         accuracy = heldout.get("accuracy") or {}
         train = self.inputs.sets[TRAIN]
-        return {
-            "objective": self.config.objective,
-            "name": self.config.run.name,
-            "steps": self.step,
+        return super().summary() | {
             "accuracy": accuracy.get("value"),
             "accuracy_ci95": [accuracy["low"], accuracy["high"]] if accuracy else None,
             "accuracy_train": (self._evaluation.get(TRAIN) or {}).get("accuracy", {}).get("value"),
@@ -383,25 +278,29 @@ class RewardRun:
             "parameters": self._parameters,
             "reward_model": str(self.run_dir / REWARD_MODEL) if self._card else None,
             "reward_model_version": self._card.version if self._card else None,
-            "rows_quarantined": dict(self.inputs.quarantine.counts),
             "preferences": self.inputs.report.to_json(),
-            **dict.fromkeys(_NOT_OF_A_REWARD_MODEL),
-            "versions": package_versions(),
         }
 
-    def _stop(self) -> None:
-        """Finish these updates and save; outside training, or twice, stop at once."""
-        assert self._task is not None
-        if self._stopping or not self._training:
-            self._task.cancel()
-            return
-        self._monitor.event("stopping after these updates, with a checkpoint; once more to stop at once")
-        self._stopping = True
+    def write_report(self) -> Path:
+        """The report of a reward model."""
+        return write_reward_report(self.run_dir)
+
+    def leaves(self, status: str) -> str:
+        """Where the reward model is, if the run came to its end."""
+        return f"reward model in {self.run_dir / REWARD_MODEL}" if status == "completed" else ""
 
 
-_NOT_OF_A_REWARD_MODEL = (
-    *("reward_initial", "reward_final", "kl_final", "tokens_generated", "tokens_trained"),
-    *("groups_dispatched", "groups_trained", "groups_dropped", "lag_bound", "lag_max", "lag_mean"),
-    *("trainer_wait_fraction", "rollout_wait_fraction", "sync_s_mean", "sync_probe_max_abs_diff"),
-    "padding_fraction",
-)
+def _resumable(run_dir: Path, config: RewardJobConfig) -> tuple[Path, list[str]]:  # noqa: ARG001
+    if (run_dir / REWARD_MODEL).is_dir():
+        raise ConfigError(
+            f"--resume: the run in {run_dir} is finished, its reward model is in {run_dir / REWARD_MODEL}; "
+            "start a new run to train another"
+        )
+    return checkpoint.latest(run_dir / "checkpoints")
+
+
+def _prepare(config: RewardJobConfig, run_dir: Path, resume_from: Path | None) -> RewardRun:
+    return RewardRun(config, prepare_reward_job(config, run_dir), run_dir, resume_from)
+
+
+KIND = Kind(_resumable, _prepare)

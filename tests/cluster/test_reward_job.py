@@ -14,11 +14,11 @@ import pytest
 
 from cluster.config import JobConfig
 from cluster.config_file import ConfigError, dump_config, load_job, parse_config, parse_job
+from cluster.job import run_job
 from cluster.reward_job.config import RewardJobConfig
 from cluster.reward_job.evaluation import evaluate_model
 from cluster.reward_job.finish import FlatRewardError, normalisation
 from cluster.reward_job.inputs import HELDOUT, TRAIN, PairSet, RewardInputs, prepare_reward_job
-from cluster.reward_job.job import run_reward_job
 from cluster.run_folder import RunFolder
 from learner.reward_module import Sequences
 from learner.reward_training import PairData
@@ -391,4 +391,4 @@ def test_a_stopped_run_goes_on_to_the_same_model(tmp_path: Path) -> None:
     np.testing.assert_allclose(first.members, second.members, atol=1e-5)
     assert first.value[0] > first.value[1]
     with pytest.raises(ConfigError, match="is finished"):
-        run_reward_job(load_whole(tmp_path, *settings), tmp_path / "run", resume=True)
+        run_job(load_whole(tmp_path, *settings), tmp_path / "run", resume=True)
