@@ -9,8 +9,8 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +41,8 @@ class EngineSpec:
     seed: int
     device: str
     transfer_backend: str
+    logits_processor: str = ""  # `module:Class` that vLLM loads beside its own
+    additional: Mapping[str, Any] = field(default_factory=dict)  # what it reads of vLLM's configuration
 
 
 def refuse_unsafe_environment() -> None:
@@ -63,6 +65,8 @@ def engine_environment(spec: EngineSpec, owner_pid: int) -> dict[str, str | None
         "TOKENIZERS_PARALLELISM": "false",
         "HEADRACE_ENGINE_OWNER_PID": str(owner_pid),
     }
+    if spec.logits_processor:
+        variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other runner has another interface for them
     if spec.device == "cpu":
         threads = str(spec.settings.threads or max(1, int(spec.settings.cores)))
         variables |= {
@@ -106,6 +110,12 @@ def _engine_args(spec: EngineSpec) -> Any:
         if on_cpu
         else {"gpu_memory_utilization": settings.gpu_memory_utilization}
     )
+    if spec.logits_processor:
+        sized |= {
+            "logits_processors": [spec.logits_processor],
+            "additional_config": dict(spec.additional),
+            "async_scheduling": False,  # a processor must see the token that was sampled last
+        }
     return AsyncEngineArgs(
         model=spec.model_path,
         dtype=spec.dtype,

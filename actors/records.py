@@ -137,6 +137,31 @@ class WeightUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class DiscriminatorUpdate:
+    """Where a version of the discriminator is, and what the probe must give with it.
+
+    The version counts learner steps. `payload` is that of a `WeightUpdate` of backend `shared`, `config` the
+    model's configuration as JSON; `probe_logits` has the learner's logit of each sequence of the probe.
+    """
+
+    version: int
+    payload: Mapping[str, Any]
+    config: str
+    probe_token_ids: tuple[tuple[int, ...], ...]
+    probe_logits: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DiscriminatorProof:
+    """A scoring actor's answer to a version of the discriminator that it loaded and proved."""
+
+    actor: str
+    version: int
+    probe_max_difference: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class SyncProof:
     """An actor's answer to a weight update that it loaded and proved."""
 

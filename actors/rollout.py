@@ -218,6 +218,9 @@ class RolloutWorker:
             output_kind=_final_only(),
         )
 
+    def _request_params(self, request: SampleRequest) -> Any:
+        return self._params(request.group_size, request.max_new_tokens, request.temperature)
+
     async def sample(self, request: SampleRequest) -> SampledGroup:
         """Draw a group of samples.
 
@@ -236,7 +239,7 @@ class RolloutWorker:
             )
         started = time.monotonic()
         what = f"group {request.group_id} ({request.group_size} samples of prompt {prompt.id})"
-        params = self._params(request.group_size, request.max_new_tokens, request.temperature)
+        params = self._request_params(request)
         self._groups.add(request.group_id)
         try:
             output = await self._engine.generate(

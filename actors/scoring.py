@@ -11,12 +11,19 @@ belong to an evaluation, so that training groups never wait for them.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actors.records import Group, RewardFailure, SampledGroup, Trajectory
+from actors.records import (
+    DiscriminatorProof,
+    DiscriminatorUpdate,
+    Group,
+    RewardFailure,
+    SampledGroup,
+    Trajectory,
+)
 from actors.settings import ScoringSettings
 from actors.shipping import ShippedFolder, local_folder
 from rewards.base import RewardError, RewardRequest, Score
@@ -28,12 +35,17 @@ from rewards.settings import RewardSettings, TaskSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from actors.discriminator_sync import DiscriminatorReceiver
+
 PENALTY = "missing_eos_penalty"
 
 
 @dataclass(frozen=True, slots=True)
 class ShippedModels(ShippedFolder):
-    """The reference's folder, and with it those of the reward models, by label."""
+    """The reference's folder, and with it those of the reward models, by label.
+
+    Where a reward has a second model, `label/initial`, that one is under this name.
+    """
 
     rewards: tuple[tuple[str, ShippedFolder], ...] = ()
 
@@ -81,6 +93,7 @@ class ScoringWorker:
         self._directory = Path(directory) if directory else None
         self._reward: CombinedReward | None = None
         self._reference: PreTrainedModel | None = None
+        self._discriminator: DiscriminatorReceiver | None = None
 
     def use_model(self, shipped: ShippedFolder, seconds: float) -> None:
         """Before `start`: take the reference from the driver's host, unless this is it; ShippingError.
@@ -91,8 +104,7 @@ class ScoringWorker:
         if isinstance(shipped, ShippedModels):
             here = {label: str(local_folder(folder, seconds)) for label, folder in shipped.rewards}
             self._reward_settings = [
-                one.model_copy(update={"path": here[one.label]}) if one.label in here else one
-                for one in self._reward_settings
+                one.model_copy(update=_places(one.label, here)) for one in self._reward_settings
             ]
 
     def start(self) -> None:
@@ -122,8 +134,22 @@ class ScoringWorker:
         )
         self._reference_path = path
 
+    def load_discriminator(self, update: DiscriminatorUpdate, seconds: float) -> DiscriminatorProof:
+        """Load and prove a version of the discriminator; what is scored from then on is scored by it."""
+        from actors.discriminator_sync import DiscriminatorReceiver
+        from rewards.models.discriminator import DiscriminatorReward
+
+        assert self._reward is not None, "start() comes first"
+        if self._discriminator is None:
+            found = [one for one in self._reward.rewards if isinstance(one, DiscriminatorReward)]
+            self._discriminator = DiscriminatorReceiver(self.name, found[0], self._dtype)
+        return self._discriminator.load(update, seconds)
+
     def stop(self) -> None:
         """Kill the rewards' child processes and drop the reference; safe to call twice."""
+        if self._discriminator is not None:
+            self._discriminator.close()
+        self._discriminator = None
         if self._reward is not None:
             self._reward.close()
         self._reward = None
@@ -195,10 +221,22 @@ class ScoringWorker:
         return [[tuple(next(rest).tolist()) for _ in group.sampled.completions] for group in groups]
 
 
+def _places(label: str, here: Mapping[str, str]) -> dict[str, str]:
+    """The folders of one reward's models on this host, as `path` and `initial`, where it has any."""
+    found = {"path": here.get(label), "initial": here.get(f"{label}/initial")}
+    return {field: folder for field, folder in found.items() if folder is not None}
+
+
 def _requests(group: SampledGroup) -> list[RewardRequest]:
     prompt = group.prompt
     return [
-        RewardRequest(prompt.source or prompt.text, completion.text, prompt.row, completion.finished)
+        RewardRequest(
+            prompt.source or prompt.text,
+            completion.text,
+            prompt.row,
+            completion.finished,
+            (*prompt.token_ids, *completion.token_ids),
+        )
         for completion in group.completions
     ]
 

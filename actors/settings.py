@@ -36,6 +36,14 @@ class RolloutSettings(Settings):
         300, gt=0, description="Deadline for one group to be sampled, in seconds."
     )
     max_attempts: int = Field(3, ge=1, description="Times a group is sampled before the run stops.")
+    dynamic_sampling: bool = Field(
+        False,
+        description="Leave out groups whose samples all have the same reward, and sample other prompts "
+        "instead.",
+    )
+    dynamic_limit: int = Field(
+        256, ge=1, description="Groups in a row that `dynamic_sampling` may leave out before the run stops."
+    )
 
 
 BATCH_GROUPS = 16  # groups scored in one call: enough to fill the reference's forward pass

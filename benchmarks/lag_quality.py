@@ -45,7 +45,8 @@ def one_run(lag: int, correction: str, seed: int, steps: int, folder: Path) -> d
     clock = time.monotonic()
     stolen = StolenTime(clock)
     overrides = [f"run.steps={steps}", f"run.seed={seed}", f"scheduler.window={lag}"]
-    overrides += ["learner.threads=1", "rollout.threads=1", f"run.evaluate_every={steps // EVALUATIONS}"]
+    overrides += ["learner.threads=1", "rollout.threads=1"]
+    overrides += [f"run.evaluate_every={steps // EVALUATIONS}", "run.evaluate_pauses=true"]
     train(config(WORKLOAD, folder / "data", str(model)), run, [*overrides, *CORRECTIONS[correction]])
     rows = [row for row in read_rows(run / "metrics.jsonl") if row.get("timing_s/step")]
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))

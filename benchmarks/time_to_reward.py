@@ -83,7 +83,7 @@ def one_run(workload: str, seed: int, mode: str, steps: int, folder: Path) -> di
     train(
         config(workload, data, str(model)),
         run,
-        [*overrides, f"run.evaluate_every={steps // EVALUATIONS}"],
+        [*overrides, f"run.evaluate_every={steps // EVALUATIONS}", "run.evaluate_pauses=true"],
     )
     rows = list(read_rows(run / "metrics.jsonl"))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))

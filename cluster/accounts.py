@@ -22,6 +22,7 @@ class WaitCause(StrEnum):
     DEADLINE = "deadline"  # P groups were ready, but a slower one had to come along
     SAMPLING = "sampling"  # every slot was taken, or the run needs no more groups
     SYNC = "sync"  # actors had to load, or prove, newer weights first
+    EVALUATION = "evaluation"  # newer weights, or a checkpoint, had to wait for the end of an evaluation
 
 
 _CAUSE_OF_REFUSAL = {
@@ -71,9 +72,10 @@ class TakenGroup:
 class Totals:
     """What a run has done so far; saved with each checkpoint so that a resumed run goes on counting.
 
-    `elapsed_s` is the time of training so far, of which `paused_s` went into evaluations and checkpoints. The
-    dictionaries count responses by length in tokens (keys are text, as JSON has them): those that were
-    sampled, and those of them that were trained on.
+    `groups_dropped` had a reward error, `groups_left_out` one reward for all samples (dynamic sampling).
+    `elapsed_s` is the time of training so far, of which `paused_s` went into checkpoints and into evaluations
+    that pause. The dictionaries count responses by length in tokens (keys are text, as JSON has them): those
+    that were sampled, and those of them that were trained on.
     """
 
     tokens_generated: int = 0
@@ -82,6 +84,7 @@ class Totals:
     groups_sampled: int = 0
     groups_trained: int = 0
     groups_dropped: int = 0
+    groups_left_out: int = 0
     prompt_tokens_dispatched: int = 0
     prompt_tokens_trained: int = 0
     lag_sum: float = 0.0

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from cluster.generation.arguments import add_generation
 from cluster.labelling.arguments import add_label
 
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan_options(plan)
     plan.set_defaults(run=_plan)
 
+    add_generation(commands)
     add_label(commands)
 
     doctor = commands.add_parser(

@@ -4,15 +4,19 @@ The tables of each package stand in its own `settings.py`; this file adds the ru
 that span several. Reading TOML and `--set` is in `cluster.config_file`.
 """
 
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from actors.settings import RolloutSettings, ScoringSettings, SyncSettings
 from cluster.data_settings import DataSettings
 from cluster.monitor_settings import MonitorSettings
+from cluster.objective_rules import Rule, objective_rules
+from cluster.preference_job.online import online_dpo_rules
 from cluster.scheduler import SchedulerSettings
 from cluster.scratch import check_shape
+from learner.preference_settings import OnlineDPOSettings
+from learner.presets import with_preset
 from learner.settings import (
     CorrectionSettings,
     LearnerSettings,
@@ -22,6 +26,7 @@ from learner.settings import (
     WarmupSettings,
 )
 from rewards.build import check_rewards, uses_child
+from rewards.discriminator_settings import DiscriminatorSettings, discriminator_rules, trains_discriminator
 from rewards.overoptimisation_settings import StopSettings
 from rewards.roles import roles_of
 from rewards.settings import RewardSettings, Settings, TaskSettings
@@ -42,10 +47,23 @@ class RunSettings(Settings):
     evaluate_every: int = Field(
         0,
         ge=0,
-        description="Learner steps between held-out evaluations, for which training pauses; 0: only before "
-        "and after.",
+        description="Learner steps between held-out evaluations, beside which training goes on, each with a "
+        "checkpoint; 0: only before and after.",
     )
     evaluate_samples: int = Field(1, ge=1, description="Samples for each held-out prompt.")
+    evaluate_pauses: bool = Field(
+        False,
+        description="Training stands still during an evaluation, off the clock of `time/training_s`: to "
+        "measure speed.",
+    )
+    pass_threshold: float | None = Field(
+        None,
+        description="A held-out response passes if its reward reaches this; gives pass@k for k up to "
+        "`evaluate_samples`. Unset: 1 where every reward is 0 or 1 and there are several samples.",
+    )
+    pass_reward: str = Field(
+        "", description="Name of the `[[reward]]` that decides what passes; empty: the whole training reward."
+    )
     checkpoint_every: int = Field(
         50, ge=0, description="Learner steps between checkpoints; 0: only the last."
     )
@@ -66,25 +84,23 @@ class ClusterSettings(Settings):
     )
 
 
-class _Rule(NamedTuple):
-    """One rule over several settings: where it is broken, what to say of which field."""
-
-    broken: bool
-    field: str
-    value: object
-    remedy: str
-
-
 class JobConfig(Settings):
     """A whole job. Every table but `[model]` and `[[reward]]`, and `[data]` or `[task]`, has defaults."""
 
-    objective: Literal["ppo"] = Field("ppo", description="What the job optimises.")
+    objective: Literal[
+        "ppo", "reinforce++", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "online_dpo"
+    ] = Field(
+        "ppo",
+        description="What the job optimises. Each objective sets those of `[ppo]` that you leave out; see "
+        "docs/policy_gradients.md.",
+    )
     run: RunSettings = Field(default_factory=RunSettings)
     model: ModelSettings
     task: TaskSettings | None = None
     data: DataSettings | None = None
     warmup: WarmupSettings = Field(default_factory=WarmupSettings)
     reward: list[RewardSettings] = Field(min_length=1)
+    discriminator: DiscriminatorSettings = Field(default_factory=DiscriminatorSettings)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     scoring: ScoringSettings = Field(default_factory=ScoringSettings)
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
@@ -92,6 +108,7 @@ class JobConfig(Settings):
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     ppo: PPOSettings = Field(default_factory=PPOSettings)
     correction: CorrectionSettings = Field(default_factory=CorrectionSettings)
+    online_dpo: OnlineDPOSettings = Field(default_factory=OnlineDPOSettings)
     sync: SyncSettings = Field(default_factory=SyncSettings)
     stop: StopSettings = Field(default_factory=StopSettings)
     monitor: MonitorSettings = Field(default_factory=MonitorSettings)
@@ -107,6 +124,11 @@ class JobConfig(Settings):
         """Optimizer updates of the whole run."""
         return self.run.steps * self.ppo.epochs * self.ppo.minibatches
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, tables: Any) -> Any:
+        return with_preset(tables)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for rule in (
@@ -114,8 +136,12 @@ class JobConfig(Settings):
             *self._model_rules(),
             *self._data_rules(),
             *self._correction_rules(),
+            *objective_rules(self.objective, self.ppo, self.correction, self.optimizer, self.rollout),
+            *self._online_dpo_rules(),
             self._scoring_rule(),
             *self._stop_rules(),
+            *self._sampling_rules(),
+            *self._discriminator_rules(),
         ):
             if rule.broken:
                 raise ContradictionError(rule.field, rule.value, rule.remedy)
@@ -124,48 +150,48 @@ class JobConfig(Settings):
         check_rewards(self.reward, self.task)
         return self
 
-    def _batch_rules(self) -> list[_Rule]:
+    def _batch_rules(self) -> list[Rule]:
         batch, group = self.run.batch_size, self.rollout.group_size
         nearest = max(group, batch // group * group)
         return [
-            _Rule(
+            Rule(
                 batch % group != 0,
                 "run.batch_size",
                 batch,
                 f"is not a multiple of rollout.group_size = {group}; use {nearest} or {nearest + group}",
             ),
-            _Rule(
+            Rule(
                 0 < self.rollout.max_actors < self.rollout.actors,
                 "rollout.max_actors",
                 self.rollout.max_actors,
                 f"is below rollout.actors = {self.rollout.actors}; set it to 0, or higher",
             ),
-            _Rule(
+            Rule(
                 batch % self.ppo.minibatches != 0,
                 "ppo.minibatches",
                 self.ppo.minibatches,
                 f"does not divide run.batch_size = {batch}; choose a divisor of it",
             ),
-            _Rule(
+            Rule(
                 batch // self.ppo.minibatches < self.learner.ranks,
                 "ppo.minibatches",
                 self.ppo.minibatches,
                 f"gives a minibatch fewer samples than learner.ranks = {self.learner.ranks}; lower it",
             ),
-            _Rule(
+            Rule(
                 self.learner.cpu_offload and self.learner.zero_stage < 2,
                 "learner.cpu_offload",
                 True,
                 f"needs learner.zero_stage 2 or 3, not {self.learner.zero_stage}",
             ),
-            _Rule(
+            Rule(
                 self.scheduler.publish_every > self.scheduler.largest_window + 1,
                 "scheduler.publish_every",
                 self.scheduler.publish_every,
                 f"would leave actors with weights too old for a window of {self.scheduler.largest_window}; "
                 f"set it to {self.scheduler.largest_window + 1} or less, or widen the window",
             ),
-            _Rule(
+            Rule(
                 self.learner.device == "cpu" and self.sync.backend in ("nccl", "ipc"),
                 "sync.backend",
                 self.sync.backend,
@@ -173,51 +199,51 @@ class JobConfig(Settings):
             ),
         ]
 
-    def _model_rules(self) -> list[_Rule]:
+    def _model_rules(self) -> list[Rule]:
         scratch, model = self.model.scratch, self.model
         limit = model.max_length or (scratch.max_length if scratch else None)
         return [
-            _Rule(
+            Rule(
                 bool(model.path) == (scratch is not None),
                 "model.path",
                 model.path,
                 "give exactly one of model.path (a folder or hub name) and the table [model.scratch]",
             ),
-            _Rule(
+            Rule(
                 model.revision is not None and scratch is not None,
                 "model.revision",
                 model.revision,
                 "is given, but [model.scratch] downloads nothing; leave it out",
             ),
-            _Rule(
+            Rule(
                 scratch is not None and (model.max_length or 0) > scratch.max_length,
                 "model.max_length",
                 model.max_length,
                 "is beyond model.scratch.max_length; lower it or leave it out",
             ),
-            _Rule(
+            Rule(
                 limit is not None and self.rollout.max_new_tokens >= limit,
                 "rollout.max_new_tokens",
                 self.rollout.max_new_tokens,
                 f"leaves no room for a prompt within the model's {limit} tokens; lower it",
             ),
-            _Rule(
-                bool(model.critic) and self.ppo.value_model == "head",
+            Rule(
+                bool(model.critic) and self.ppo.value_model != "critic",
                 "model.critic",
                 model.critic,
-                'is given, but ppo.value_model is "head"; set it to "critic"',
+                f'is given, but ppo.value_model is "{self.ppo.value_model}"; set it to "critic"',
             ),
         ]
 
-    def _data_rules(self) -> list[_Rule]:
+    def _data_rules(self) -> list[Rule]:
         return [
-            _Rule(
+            Rule(
                 (self.task is None) == (self.data is None),
                 "data",
                 None if self.data is None else self.data.train,
                 "give exactly one of [data] (your rows) and [task] (generated rows)",
             ),
-            _Rule(
+            Rule(
                 self.warmup.steps > 0
                 and not self.warmup.data
                 and (self.task is None or self.task.demonstrations == 0),
@@ -225,18 +251,18 @@ class JobConfig(Settings):
                 self.warmup.steps,
                 "needs demonstrations: name a file of prompt and completion in warmup.data, or set it to 0",
             ),
-            _Rule(
-                self.warmup.steps == 0 and bool(self.warmup.data),
+            Rule(
+                self.warmup.steps == 0 and bool(self.warmup.data) and not trains_discriminator(self.reward),
                 "warmup.data",
                 self.warmup.data,
                 "is given, but warmup.steps = 0 uses none of it; set warmup.steps or leave it out",
             ),
         ]
 
-    def _correction_rules(self) -> list[_Rule]:
+    def _correction_rules(self) -> list[Rule]:
         chosen, default = self.correction, CorrectionSettings()
         idle = [
-            _Rule(
+            Rule(
                 getattr(chosen, limit) != getattr(default, limit) and getattr(chosen, choice) not in uses,
                 f"correction.{limit}",
                 getattr(chosen, limit),
@@ -246,14 +272,14 @@ class JobConfig(Settings):
             for limit, choice, uses in _CORRECTION_LIMITS
         ]
         return [
-            _Rule(
+            Rule(
                 chosen.ratio == "behaviour" and chosen.weights != "none",
                 "correction.weights",
                 chosen.weights,
                 'weighs by the sampler a second time: with correction.ratio = "behaviour" the ratio does so '
                 'already; set correction.weights to "none", or correction.ratio to "proximal"',
             ),
-            _Rule(
+            Rule(
                 chosen.vtrace_c > chosen.vtrace_rho,
                 "correction.vtrace_c",
                 chosen.vtrace_c,
@@ -262,12 +288,12 @@ class JobConfig(Settings):
             *idle,
         ]
 
-    def _scoring_rule(self) -> _Rule:
+    def _scoring_rule(self) -> Rule:
         """A group must be able to take as long as all its completions may, one after another."""
         children = sum(uses_child(one) for one in self.reward)
         each, group = self.scoring.reward_timeout_s, self.rollout.group_size
         needed = each * group * children
-        return _Rule(
+        return Rule(
             self.scoring.timeout_s < needed,
             "scoring.timeout_s",
             self.scoring.timeout_s,
@@ -276,7 +302,56 @@ class JobConfig(Settings):
             "or lower scoring.reward_timeout_s",
         )
 
-    def _stop_rules(self) -> list[_Rule]:
+    def _online_dpo_rules(self) -> list[Rule]:
+        contradictions = online_dpo_rules(
+            self.objective, self.online_dpo, self.ppo, self.correction, self.groups_per_step
+        )
+        return [Rule(*one) for one in contradictions]
+
+    def _discriminator_rules(self) -> list[Rule]:
+        task, learner = self.task, self.learner
+        contradictions = discriminator_rules(
+            self.discriminator,
+            self.reward,
+            has_demonstrations=bool(self.warmup.data) or (task is not None and task.demonstrations > 0),
+            dynamic_sampling=self.rollout.dynamic_sampling,
+            zero_stage=learner.zero_stage,
+            gradient_checkpointing=learner.gradient_checkpointing,
+        )
+        return [Rule(*one) for one in contradictions]
+
+    def _sampling_rules(self) -> list[Rule]:
+        """What dynamic sampling and pass@k need."""
+        rollout, run = self.rollout, self.run
+        labels = [one.label for one in self.reward]
+        return [
+            Rule(
+                rollout.dynamic_sampling and rollout.group_size == 1,
+                "rollout.dynamic_sampling",
+                True,
+                "would leave out every group, as each has one sample; set rollout.group_size to 2 or more",
+            ),
+            Rule(
+                not rollout.dynamic_sampling and rollout.dynamic_limit != RolloutSettings().dynamic_limit,
+                "rollout.dynamic_limit",
+                rollout.dynamic_limit,
+                "has no effect without rollout.dynamic_sampling; set that to true, or leave this out",
+            ),
+            Rule(
+                bool(run.pass_reward) and run.pass_reward not in labels,
+                "run.pass_reward",
+                run.pass_reward,
+                f"names no [[reward]]; use one of {', '.join(labels)}",
+            ),
+            Rule(
+                run.evaluate_pauses and run.evaluate_every == 0,
+                "run.evaluate_pauses",
+                True,
+                "has no effect without run.evaluate_every; set that, or leave this out",
+            ),
+        ]
+
+    def _stop_rules(self) -> list[Rule]:
         """A rule that is to stop the run must have something to look at, and evaluations to look at it in."""
         roles = roles_of(self.reward)
         judge = 'a held-out reward: add a [[reward]] of kind = "model" with role = "evaluate"'
@@ -288,8 +363,8 @@ class JobConfig(Settings):
         }
         stops = [name for name in seen if getattr(self.stop, name) == "stop"]
         return [
-            *(_Rule(not seen[name][0], f"stop.{name}", "stop", f"needs {seen[name][1]}") for name in stops),
-            _Rule(
+            *(Rule(not seen[name][0], f"stop.{name}", "stop", f"needs {seen[name][1]}") for name in stops),
+            Rule(
                 bool(stops) and self.run.evaluate_every == 0,
                 "run.evaluate_every",
                 0,

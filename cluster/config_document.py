@@ -27,8 +27,9 @@ This page is made from the code by `python -m cluster.config_document`.
 def document() -> str:
     """The text of docs/configuration.md."""
     parts = [_INTRODUCTION]
-    for objective, job in OBJECTIVES.items():
-        parts.append(f'# `objective = "{objective}"`\n')
+    for job in dict.fromkeys(OBJECTIVES.values()):
+        names = [f'`"{name}"`' for name, kind in OBJECTIVES.items() if kind is job]
+        parts.append(f"# `objective =` {' or '.join(names)}\n")
         for name, field in job.model_fields.items():
             table = table_type(field.annotation)
             if table is None:

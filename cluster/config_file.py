@@ -12,15 +12,28 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.config import ContradictionError, JobConfig
+from cluster.iterated_job.config import RejectionJobConfig, SpinJobConfig
+from cluster.preference_job.config import METHODS, PreferenceJobConfig
 from cluster.reward_job.config import RewardJobConfig
 from cluster.supervised_job.config import SupervisedJobConfig
+from learner.presets import PRESETS
 from rewards.settings import Settings
 
-AnyJobConfig = JobConfig | RewardJobConfig | SupervisedJobConfig
+AnyJobConfig = (
+    JobConfig
+    | RewardJobConfig
+    | SupervisedJobConfig
+    | SpinJobConfig
+    | RejectionJobConfig
+    | PreferenceJobConfig
+)
 OBJECTIVES: dict[str, type[AnyJobConfig]] = {
-    "ppo": JobConfig,
+    **dict.fromkeys(PRESETS, JobConfig),
     "supervised": SupervisedJobConfig,
     "reward_model": RewardJobConfig,
+    "spin": SpinJobConfig,
+    "rejection": RejectionJobConfig,
+    **dict.fromkeys(METHODS, PreferenceJobConfig),
 }
 
 _INDEX = re.compile(r"^\d+$")
@@ -54,7 +67,7 @@ def parse_job(text: str, overrides: Sequence[str] = (), *, source: str = "config
             f"{source}: objective = {objective!r}: there is no such objective; use one of "
             f"{', '.join(OBJECTIVES)}"
         )
-    return _validated(kind, tables, source)
+    return validated(kind, tables, source)
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "configuration") -> JobConfig:
@@ -66,7 +79,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "con
             f'{source}: objective = "{objective}" has no rollouts, which this command is about; give a job '
             'with objective = "ppo", or train this one with headrace train'
         )
-    return _validated(JobConfig, tables, source)
+    return validated(JobConfig, tables, source)
 
 
 def _read(path: Path) -> str:
@@ -90,7 +103,8 @@ def _tables(text: str, overrides: Sequence[str], source: str) -> dict[str, Any]:
     return tables
 
 
-def _validated(kind: type[_Config], tables: dict[str, Any], source: str) -> _Config:
+def validated(kind: type[_Config], tables: dict[str, Any], source: str) -> _Config:
+    """Settings of a kind from parsed TOML; ConfigError names up to five faults, each with its remedy."""
     try:
         return kind.model_validate(tables)
     except ValidationError as error:

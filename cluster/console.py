@@ -189,6 +189,7 @@ class Progress:
     def __init__(self, total: int) -> None:
         self.total = total
         self.done = 0
+        self.at = 0  # the step of the last row
         self.warming = False
         self.warmup_step = 0
         self.rewards: deque[float] = deque(maxlen=_HISTORY)
@@ -200,15 +201,20 @@ class Progress:
         if self.warming:
             self.warmup_step = int(row["warmup/step"] or 0)
             return
-        self.done = int(row.get("learner_step") or 0)
+        self.at = int(row.get("learner_step") or 0)
+        if self.at < self.done:  # an evaluation that ended steps later
+            return
+        self.done = self.at
         self._times.append((self.done, time.monotonic()))
         reward = row.get("reward/mean")
         if reward is not None:
             self.rewards.append(float(reward))
 
-    def label(self) -> str:
-        """For example `step 12/60`."""
-        return f"warm-up {self.warmup_step}" if self.warming else f"step {self.done}/{self.total}"
+    def label(self, step: int | None = None) -> str:
+        """For example `step 12/60`: how far the run is, or the step that is given."""
+        if self.warming:
+            return f"warm-up {self.warmup_step}"
+        return f"step {self.done if step is None else step}/{self.total}"
 
     def time_left(self) -> float | None:
         """Seconds, from the pace of the last steps; None while that is unknown."""
@@ -236,7 +242,9 @@ class Progress:
             ("held-out accuracy", _if(row.get("preference/heldout_accuracy"))),
             ("left", clock(left) if left else None),
         )
-        return "  ".join([self.label(), *(f"{name} {text}" for name, text in shown if text is not None)])
+        return "  ".join(
+            [self.label(self.at), *(f"{name} {text}" for name, text in shown if text is not None)]
+        )
 
 
 def overoptimisation(row: Row) -> list[tuple[str, str]]:

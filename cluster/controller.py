@@ -13,12 +13,18 @@ whenever something changed). Scoring waits for sampled groups. The learner waits
 slow one only where its bound would otherwise break. Weights of step k load while step k + 1 may already be
 training; the next publish waits for them. With a window of 0 the same path is synchronous.
 
+Held-out evaluation goes on beside all this, on the same actors. From the load of the weights that it measures
+to its end none are published, unless the bound asks for newer ones (then the learner waits for its end): so
+every actor holds that one version, and training goes on for the S + 1 steps that the window allows. The
+checkpoint that a best evaluation needs is saved before the next step changes the weights; a checkpoint of
+another step waits for the evaluation under way, so that what it says of evaluations is whole.
+
 A crash of any task ends all of them (asyncio.TaskGroup) with that one cause.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,11 +63,15 @@ class StepReport:
 
 @dataclass(slots=True)
 class Hooks:
-    """What the controller tells the outside: called in its own task, in the order of steps."""
+    """What the controller tells the outside: called in its own task, in the order of steps.
+
+    `on_evaluate` gets the version that all actors hold until it returns, and the seconds of training that
+    made it; it runs beside later steps, but never twice at once, nor beside the checkpoint of another step.
+    """
 
     on_step: Callable[[StepReport], None]
     on_checkpoint: Callable[[int], Awaitable[None]]
-    on_evaluate: Callable[[], Awaitable[Mapping[str, float]]]
+    on_evaluate: Callable[[int, float], Awaitable[None]]
     on_decision: Callable[[Decision], None]
 
 
@@ -74,6 +84,7 @@ class _Step:
     waits: dict[WaitCause, float]
     moments: dict[str, float]
     row: dict[str, float] = field(default_factory=dict)
+    evaluates: bool = False
 
 
 @dataclass(slots=True)
@@ -87,9 +98,11 @@ class Controller:
     hooks: Hooks
     totals: Totals
     stopping: bool = False
+    evaluated: int = 0  # the last version of which an evaluation ended; those before training do not count
     _idle_reported: float = 0.0
     _tasks: asyncio.TaskGroup | None = None
     _syncing: "asyncio.Task[None] | None" = None
+    _evaluation: "asyncio.Task[None] | None" = None
     _published: int = 0
     _load_seconds: float = 0.0
     _began: float = 0.0
@@ -112,6 +125,8 @@ class Controller:
     async def run(self) -> None:
         """Train until done, on actors that are started, hold the learner's weights and are being served.
 
+        An evaluation that is due for these weights and did not end before the run was resumed comes first.
+
         Raises the first cause of any failure, after cancelling everything else.
         """
         self._began = time.perf_counter() - self.totals.elapsed_s  # a resumed run's clock goes on
@@ -120,6 +135,8 @@ class Controller:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             self.sampling.start(tasks, self._began)
+            if self.step > self.evaluated and self._evaluates(self.step):
+                self._evaluate_beside(self.step, self.totals.elapsed_s - self.totals.paused_s)
             await self._train()
             self.totals.elapsed_s = self._now()
             self.sampling.stop()
@@ -151,15 +168,20 @@ class Controller:
             await self._publish(step)
             self.totals.waited(step.waits)
             self.totals.train_s += self._now() - began
-            last += await self._pause(step.number + 1)
+            # Neither is part of a pace that the window could mend.
+            last += step.waits[WaitCause.EVALUATION] + await self._pause(step)
         await self._previous_sync()
+        await self._previous_evaluation()
+        if self._published < scheduler.step:  # stopped where none were due: the last evaluation needs them
+            await self.load_everywhere(await self.learner.publish(scheduler.step))
 
     async def _until_ready(self) -> dict[WaitCause, float]:
         """Wait until the next step may start, or a stop was asked for; gives the seconds waited by cause."""
         scheduler, waits = self.sampling.scheduler, dict.fromkeys(WaitCause, 0.0)
         while not scheduler.ready() and not self.stopping:
             loading = self._syncing is not None and not self._syncing.done()
-            if scheduler.in_flight == 0 and not loading and self.sampling.rollouts.actors:
+            idle = scheduler.in_flight == 0 and not loading and not self._evaluating
+            if idle and self.sampling.rollouts.actors:
                 raise StalledError(
                     f"step {scheduler.step} has {scheduler.queued} of the {self.config.groups_per_step} "
                     f"groups it needs, and none is being sampled: {self.sampling.refusal.value}"
@@ -188,52 +210,103 @@ class Controller:
         self.sampling.pump()
 
     async def _publish(self, step: _Step) -> None:
-        """Send the weights out if they are due, once the last ones are proved; then the step is reported."""
-        assert self._tasks is not None
+        """Send the weights out if they are due, once the last ones are proved; then the step is reported.
+
+        While an evaluation measures the last ones, none are due before the bound asks for them.
+        """
         update: WeightUpdate | None = None
         version = step.number + 1
-        due = self.sampling.scheduler.publish_due(self._published, self.adaptation.publish_every)
+        if self._saves(version):
+            await self._previous_evaluation(step)
+        every = self.config.run.steps if self._evaluating else self.adaptation.publish_every
+        due = self.sampling.scheduler.publish_due(self._published, every)
         if due or self.stopping or self._evaluates(version):
-            since = self._now()
-            await self._previous_sync()
-            step.waits[WaitCause.SYNC] += self._now() - since
+            await self._previous_sync(step)
+            await self._previous_evaluation(step)
             step.moments["publish_from_s"] = self._now()
             update = await self.learner.publish(version)
             step.moments["publish_to_s"] = self._now()
             self._published = version
-        if self._evaluates(version):
+        step.evaluates = self._evaluates(version)  # asked again: the last evaluation may have ended the run
+        if step.evaluates and self.config.run.evaluate_pauses:
             # What is in flight comes back first, on the clock, so that sampling gains nothing by the pause.
             await self.sampling.drain()
         self._complete(step)
-        report = self._tasks.create_task(self._sync_and_report(self._syncing, update, step))
-        report.add_done_callback(lambda _: self.sampling.changed.set())
-        self._syncing = report
+        self._syncing = self._beside(self._sync_and_report(self._syncing, update, step))
+        if step.evaluates:
+            self._evaluate_beside(version, step.row["time/training_s"])
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Do this beside the training; whoever waits for a change hears of its end."""
+        assert self._tasks is not None
+        task = self._tasks.create_task(work)
+        task.add_done_callback(lambda _: self.sampling.changed.set())
+        return task
+
+    def _saves(self, step: int) -> bool:
+        every = self.config.run.checkpoint_every
+        return bool(every) and step % every == 0
+
+    async def _pause(self, step: _Step) -> float:
+        """Save, where it is time to, before the next step; gives the seconds it took, which no step counts.
+
+        What is evaluated is saved too: the checkpoint of a best evaluation holds the very weights.
+        """
+        version = step.number + 1
+        if not self._saves(version) and not step.evaluates:
+            return 0.0
+        since = self.totals.elapsed_s = self._now()
+        await self._previous_sync()
+        await self.hooks.on_checkpoint(version)
+        if self.sampling.paused:
+            await self._previous_evaluation()
+            self.sampling.resume()
+        seconds = self._now() - since
+        self.totals.paused_s += seconds
+        return seconds
+
+    # ---- evaluation ----------------------------------------------------------------------------------------
+
+    @property
+    def _evaluating(self) -> bool:
+        return self._evaluation is not None and not self._evaluation.done()
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.run.evaluate_every
         return bool(every) and step % every == 0 and step < self.config.run.steps and not self.stopping
 
-    async def _pause(self, step: int) -> float:
-        """Evaluate and save, where it is time to; gives the seconds that this took, which no step counts."""
-        every = self.config.run.checkpoint_every
-        saves = bool(every) and step % every == 0
-        if not saves and not self._evaluates(step):
-            return 0.0
-        since = self.totals.elapsed_s = self._now()
-        await self._previous_sync()  # and the evaluation that comes with it
-        if saves:
-            await self.hooks.on_checkpoint(step)
-        self.sampling.resume()
-        seconds = self._now() - since
-        self.totals.paused_s += seconds
-        return seconds
+    def _evaluate_beside(self, version: int, training_s: float) -> None:
+        assert not self._evaluating, "the weights of one version at a time are held"
+        self._evaluation = self._beside(self._evaluate(self._syncing, version, training_s))
+
+    async def _evaluate(self, loading: "asyncio.Task[None] | None", version: int, training_s: float) -> None:
+        """Consumes: held-out prompts. Waits for: every actor to hold `version`, then slots beside training.
+
+        Produces: an evaluation. Unblocked by: the actors. Weights of later versions wait for its end.
+        """
+        if loading is not None:
+            await loading
+        await self.hooks.on_evaluate(version, training_s)
+        self.evaluated = version
+        self.pump()
+
+    async def _previous_evaluation(self, step: _Step | None = None) -> None:
+        """Wait for the end of the evaluation under way, on the step's account where there is one."""
+        since = self._now()
+        if self._evaluation is not None:
+            await self._evaluation
+        if step is not None:
+            step.waits[WaitCause.EVALUATION] += self._now() - since
 
     # ---- weights -------------------------------------------------------------------------------------------
 
-    async def _previous_sync(self) -> None:
-        """Wait until every actor has proved the weights that were published last."""
+    async def _previous_sync(self, step: _Step | None = None) -> None:
+        """Wait until every actor has proved the weights that were published last, on the step's account."""
+        since = self._now()
         if self._syncing is not None:
             await self._syncing
+        if step is not None:
+            step.waits[WaitCause.SYNC] += self._now() - since
 
     async def _sync_and_report(
         self, previous: "asyncio.Task[None] | None", update: WeightUpdate | None, step: _Step
@@ -251,8 +324,6 @@ class Controller:
                 # An actor stalls while it loads, not after.
                 self._load_seconds = step.row["timing_s/sync_load"]
             step.moments["loaded_s"] = self._now()
-        if self._evaluates(step.number + 1):
-            step.row |= await self.hooks.on_evaluate()
         moments: dict[str, Any] = {"learner_step": step.number + 1} | step.moments
         trace = [*(one.trace for one in step.taken), moments]
         self.hooks.on_step(StepReport(step.number + 1, step.row, [one.group for one in step.taken], trace))
@@ -302,6 +373,7 @@ class Controller:
             **lag_split(step.taken, step.number),
             **length_metrics(totals),
             **reward_components(groups),
+            **self.sampling.dynamic.metrics(totals.groups_left_out),
         }
 
     def _rollout_idle_since_last_step(self) -> float:

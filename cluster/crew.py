@@ -7,6 +7,7 @@ from pathlib import Path
 
 from actors.scoring import ShippedModels
 from actors.shipping import ShippedFolder, ship
+from cluster.adversarial import learner_group
 from cluster.config import JobConfig
 from cluster.learner_group import LearnerGroup
 from cluster.recruiting import Recruiter
@@ -41,12 +42,13 @@ class Crew:
         cuda: bool,
         step: int,
         on_event: Callable[[str], None],
+        make: type[WorkerFactory] = WorkerFactory,
     ) -> "Crew":
         """Reserve every place and make every actor, not started yet; `on_event` hears who comes and goes.
 
-        Raises PlacementError if the cluster has no room for them.
+        `make` is the class that makes the actors. Raises PlacementError if the cluster has no room for them.
         """
-        factory = WorkerFactory(config, job, reference_path=reference_path, cuda=cuda, step=step)
+        factory = make(config, job, reference_path=reference_path, cuda=cuda, step=step)
         await factory.reserve()
         places = config.rollout.actors
         recruiter = Recruiter(
@@ -71,7 +73,7 @@ class Crew:
             create=factory.scorer,
             on_event=on_event,
         )
-        learner = LearnerGroup(ranks, config.learner)
+        learner = learner_group(config, ranks, scoring)
         return cls(config, factory, ranks, learner, rollouts, scoring, recruiter, model)
 
     def everyone(self) -> list[Remote]:
@@ -94,9 +96,9 @@ def shipped_for_scoring(config: JobConfig, reference: Path) -> ShippedFolder | N
     base = shipped(config, reference)
     if base is None:
         return None
+    folders = {one.label: one.path for one in config.reward if one.kind in ("model", "log_ratio")}
+    folders |= {f"{one.label}/initial": one.initial for one in config.reward if one.kind == "log_ratio"}
     rewards = tuple(
-        (one.label, ship(model_folder(one.path, Path.cwd()), nested=True))
-        for one in config.reward
-        if one.kind == "model"
+        (label, ship(model_folder(path, Path.cwd()), nested=True)) for label, path in folders.items()
     )
     return ShippedModels(base.path, base.host, base.files, rewards)

@@ -7,7 +7,7 @@ prompts ─► rollout actors ─► scoring actors ─► Evaluation ─► met
 import asyncio
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from actors.records import Group, Prompt, RewardFailure, SampleRequest, Trajectory
+from actors.records import Group, Prompt, RewardFailure, SampledGroup, SampleRequest, Trajectory
 from actors.settings import RolloutSettings
+from cluster.pass_at_k import PassRule, over_prompts
 from cluster.rollout_pool import RolloutPool
 from cluster.scoring_pool import ScoringPool
 
@@ -24,7 +25,7 @@ _FIRST_ID = -1  # evaluation groups count downwards from here: training groups c
 
 
 class EvaluationError(RuntimeError):
-    """No held-out prompt could be scored."""
+    """No held-out prompt could be scored, or one was sampled with other weights than those to be measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Evaluation:
     number that it logs beside, by name: those of role `evaluate` are there and nowhere else. `kl_k3` is the
     mean over samples of Σ_t (e^(−δ) − 1 + δ), δ = log μ − log π_ref, which is never negative; `entropy` is
     −mean log μ over tokens, an estimate of the policy's entropy from its own samples; `lengths` are the mean
-    response tokens of each prompt.
+    response tokens of each prompt; `passed` has [samples that passed, samples] of each, where it is asked.
     """
 
     version: int
@@ -60,6 +61,7 @@ class Evaluation:
     entropy: float | None = None
     finished_fraction: float | None = None
     lengths: dict[str, float] = field(default_factory=dict)
+    passed: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -86,6 +88,10 @@ class Evaluation:
         }
         row |= {name: value for name, value in measured.items() if value is not None}
         row |= _with_interval("heldout/reward", self.rewards)
+        for k, (mean, half) in over_prompts(self.passed).items():
+            row[f"heldout/pass_at/{k}"] = mean
+            if half is not None:
+                row[f"heldout/pass_at/{k}_ci95"] = half
         alone = set(evaluated)
         for label, means in self.components.items():
             owner = label.split("/")[0]
@@ -153,26 +159,55 @@ async def evaluate(
     *,
     samples: int,
     version: int,
+    rule: PassRule | None = None,
+    on_free: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Sample and score every prompt at the training temperature, spread over all rollout actors.
 
-    Prompts whose reward failed are counted and left out; raises EvaluationError if that is all of them.
+    Prompts whose reward failed are counted and left out; raises EvaluationError if that is all of them, or if
+    a token was not sampled with the weights of `version`, which no actor may change before this returns.
+
+    Args:
+        prompts: held-out prompts.
+        rollouts: who samples. A held-out prompt that waits for a slot has the next one that is free.
+        scoring: who scores.
+        settings: `[rollout]`.
+        samples: responses to each prompt.
+        version: of the weights that all actors hold.
+        rule: what it is to pass, for pass@k.
+        on_free: given where training goes on beside, which keeps half of the slots; called when there may be
+            one for it.
     """
-    slots = asyncio.Semaphore(settings.max_groups_in_flight * len(rollouts.actors))
+    each = settings.max_groups_in_flight if on_free is None else max(1, settings.max_groups_in_flight // 2)
+    slots = asyncio.Semaphore(each * max(1, len(rollouts.actors)))
 
     async def one(index: int, prompt: Prompt) -> Group | RewardFailure:
         async with slots:
             request = SampleRequest(
                 _FIRST_ID - index, prompt, samples, settings.max_new_tokens, settings.temperature
             )
-            sampled = await rollouts.sample_anywhere(request)
+            sampled = await rollouts.sample_anywhere(request, on_free)
+        _refuse_other_versions(sampled, version)
+        if on_free is not None:
+            on_free()
         return await scoring.score(replace(sampled, evaluation=True))
 
     answers = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
-    return summarise(answers, version)
+    return summarise(answers, version, rule)
 
 
-def summarise(answers: Sequence[Group | RewardFailure], version: int) -> Evaluation:
+def _refuse_other_versions(sampled: SampledGroup, version: int) -> None:
+    found = {one for completion in sampled.completions for one in completion.versions}
+    if found != {version}:
+        raise EvaluationError(
+            f"{sampled.actor} sampled held-out prompt {sampled.prompt.id} with weights of version "
+            f"{', '.join(map(str, sorted(found)))}, but version {version} is to be evaluated"
+        )
+
+
+def summarise(
+    answers: Sequence[Group | RewardFailure], version: int, rule: PassRule | None = None
+) -> Evaluation:
     """Put scored groups together to an evaluation."""
     groups = [answer for answer in answers if isinstance(answer, Group)]
     failures = [answer for answer in answers if isinstance(answer, RewardFailure)]
@@ -198,6 +233,7 @@ def summarise(answers: Sequence[Group | RewardFailure], version: int) -> Evaluat
         lengths={
             g.prompt.id: float(np.mean([len(t.completion.token_ids) for t in g.trajectories])) for g in groups
         },
+        passed=rule.counts(groups) if rule is not None else {},
     )
 
 

@@ -17,6 +17,7 @@ from cluster.figures_scheduler import (
     draw_lengths,
     draw_wait_causes,
 )
+from cluster.preference_job.figures import PREFERENCE_PICTURES
 from cluster.report_data import RunData
 
 
@@ -198,6 +199,7 @@ def _warmup(run: RunData, axes: Axes) -> bool:
 
 _PICTURES: tuple[tuple[str, str, str, Draw], ...] = (
     ("supervised", "Loss", "Should fall on both; held out it levels off.", _supervised),
+    *PREFERENCE_PICTURES,
     ("reward", "Reward", "Should rise, on held-out prompts too.", _reward),
     ("kl", "Distance to the reference", "Rises slowly; a run-away means reward hacking.", _kl),
     ("length", "Response length", "Growth without reward is padding.", _length),

@@ -15,6 +15,7 @@ _CAUSES = {
     "ahead": (GREY, "no more wanted"),
     "sampling": (BLUE, "all slots busy"),
     "sync": (GREEN, "weights loading"),
+    "evaluation": (INK, "an evaluation under way"),
 }
 _BY_LAG = re.compile(r"mismatch/kl_by_lag/(\d+)")
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.config_file import AnyJobConfig
+from cluster.iterated_job.config import IteratedJobConfig
 from cluster.monitor import Monitor
 from cluster.monitor_settings import AlertKind
+from cluster.preference_job.config import PreferenceJobConfig
 from cluster.redact import scrub
 from cluster.reward_job.config import RewardJobConfig
 from cluster.run_folder import RunFolder
@@ -77,6 +79,14 @@ def kind_of(config: AnyJobConfig) -> Kind:
         from cluster.supervised_job.job import KIND as SUPERVISED
 
         return SUPERVISED
+    if isinstance(config, PreferenceJobConfig):
+        from cluster.preference_job.job import KIND as PREFERENCES
+
+        return PREFERENCES
+    if isinstance(config, IteratedJobConfig):
+        from cluster.iterated_job.job import KIND as ITERATED
+
+        return ITERATED
     from cluster.policy_run import KIND as POLICY
 
     return POLICY

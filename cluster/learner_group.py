@@ -58,7 +58,7 @@ class LearnerGroup:
         self._facts = facts
         return facts
 
-    async def warm_up(self, batches: list[list[Pair]]) -> list[dict[str, float]]:
+    async def warm_up(self, batches: Sequence[Sequence[Pair]]) -> list[dict[str, float]]:
         """One supervised update a batch; a row of metrics for each."""
         rows: list[dict[str, float]] = await self._all("warmup_updates", ray.put(batches))
         return rows

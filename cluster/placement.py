@@ -17,6 +17,7 @@ import ray
 from ray._private import ray_constants
 
 from cluster.config import ClusterSettings, JobConfig
+from cluster.preference_job.online import ONLINE_DPO
 from cluster.prepare import Prepared
 from learner.publish import resolve_backend
 from learner.settings import LearnerSettings
@@ -191,6 +192,8 @@ def learner_job(config: JobConfig, prepared: Prepared) -> LearnerJob:
         seed=config.run.seed,
         total_updates=config.total_updates,
         max_length=prepared.max_length,
+        max_new_tokens=config.rollout.max_new_tokens,
+        online_dpo=config.online_dpo if config.objective == ONLINE_DPO else None,
     )
 
 

@@ -17,6 +17,7 @@ from cluster.scratch import alphabet_of, build_scratch_model
 from learner.reward_settings import BackboneSettings
 from learner.settings import ModelSettings
 from rewards.build import build_reward, check_row, required_columns
+from rewards.discriminator_settings import trains_discriminator
 from rewards.tasks.registry import get_task
 
 # Never pickled weights, and never code.
@@ -27,7 +28,8 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 class Prepared:
     """The inputs of a job; `max_length` bounds prompt plus response, in tokens.
 
-    `reference_path` and `critic_path` are None where the configuration names no model of their own.
+    `reference_path`, `critic_path` and `discriminator_path` are None where the configuration names no model
+    of their own.
     """
 
     model_path: Path
@@ -38,6 +40,7 @@ class Prepared:
     prompts: PromptData
     demonstrations: list[tuple[tuple[int, ...], tuple[int, ...]]]
     quarantine: Quarantine
+    discriminator_path: Path | None = None
 
 
 def prepare(config: JobConfig, run_dir: Path) -> Prepared:
@@ -52,7 +55,8 @@ def prepare(config: JobConfig, run_dir: Path) -> Prepared:
     policy = load_model_config("model.path", model_path)
     max_length = longest_sequence(config.model, policy)
     reference_path, critic_path = (
-        _other_model(config, field, policy, max_length) for field in ("reference", "critic")
+        _other_model(config, f"model.{key}", name, policy, max_length)
+        for key, name in (("reference", config.model.reference), ("critic", config.model.critic))
     )
     prompts = load_prompts(
         data,
@@ -65,8 +69,11 @@ def prepare(config: JobConfig, run_dir: Path) -> Prepared:
         required_columns=sorted(required_columns(config.reward)),
         check_row=partial(check_row, config.reward),
     )
+    discriminator_path = _other_model(
+        config, "discriminator.path", config.discriminator.path, policy, max_length
+    )
     demonstrations = []
-    if config.warmup.steps:
+    if config.warmup.steps or trains_discriminator(config.reward):
         demonstrations = load_demonstrations(
             demonstration_file,
             tokenizer,
@@ -84,6 +91,7 @@ def prepare(config: JobConfig, run_dir: Path) -> Prepared:
         prompts=prompts,
         demonstrations=demonstrations,
         quarantine=quarantine,
+        discriminator_path=discriminator_path,
     )
 
 
@@ -167,12 +175,10 @@ def texts_of(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def _other_model(config: JobConfig, key: str, policy: Any, max_length: int) -> Path | None:
-    """The folder of `model.reference` or `model.critic`, if it is one that fits the policy."""
-    name: str = getattr(config.model, key)
+def _other_model(config: JobConfig, field: str, name: str, policy: Any, max_length: int) -> Path | None:
+    """The folder of a model that stands beside the policy, if it is one that fits it; `field` names it."""
     if not name:
         return None
-    field = f"model.{key}"
     revision = config.model.revision if name == config.model.path else None
     folder = resolve_model(field, name, revision)
     other = load_model_config(field, folder).get_text_config()

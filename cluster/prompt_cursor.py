@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from actors.packing import Pair
 from actors.records import Prompt
+
+_Item = TypeVar("_Item")
 
 
 class PromptCursor:
@@ -100,8 +101,8 @@ class PromptCursor:
 
 
 def demonstration_batches(
-    demonstrations: Sequence[Pair], batch_size: int, count: int, seed: int
-) -> Iterator[list[Pair]]:
+    demonstrations: Sequence[_Item], batch_size: int, count: int, seed: int
+) -> Iterator[list[_Item]]:
     """`count` batches, each demonstration once an epoch in an order drawn from (seed, epoch)."""
     size = min(batch_size, len(demonstrations))
     order: list[int] = []

@@ -92,6 +92,7 @@ class RolloutPool:
         self._freed = asyncio.Event()
         self._gone_idle = self._gone_present = 0.0
         self.lost = 0
+        self.waiting = 0  # requests that `sample_anywhere` has no slot for yet: the next free ones are theirs
         for remote in remotes:
             self._add(remote, version=-1)
 
@@ -145,14 +146,18 @@ class RolloutPool:
         finally:
             actor.end()
 
-    async def sample_anywhere(self, request: SampleRequest) -> SampledGroup:
+    async def sample_anywhere(
+        self, request: SampleRequest, on_begin: Callable[[], None] | None = None
+    ) -> SampledGroup:
         """Sample on the least busy actor, and on another where one fails or is lost.
 
-        Raises what the last of `rollout.max_attempts` attempts raised.
+        `on_begin` is called when it has a slot. Raises what the last of `rollout.max_attempts` raised.
         """
         for attempt in range(1, self._rollout.max_attempts + 1):
             actor = await self.free_actor()
             self.slots.begin(actor.remote.name)
+            if on_begin is not None:
+                on_begin()
             try:
                 return await self.sample(actor, request)
             except (WorkerFailedError, WorkerLostError):
@@ -239,7 +244,11 @@ class RolloutPool:
         seconds = self._rollout.generate_timeout_s + 2 * self._rollout.start_timeout_s
         while not (free := self.by_load()):
             self._freed.clear()
-            await within(self._freed.wait(), seconds, "the rollout actors", "a free slot")
+            self.waiting += 1
+            try:
+                await within(self._freed.wait(), seconds, "the rollout actors", "a free slot")
+            finally:
+                self.waiting -= 1
         return free[0]
 
     async def watch(self) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config_file import AnyJobConfig, ConfigError, dump_config
+from cluster.preference_job.config import METHODS
+from learner.presets import PRESETS
 
 CONFIG = "config.toml"
 INPUTS = "inputs"
@@ -36,6 +38,7 @@ _MUST_MATCH = {
         "rollout.group_size",
         "rollout.max_new_tokens",
         "rollout.temperature",
+        "rollout.dynamic_sampling",
         "learner.ranks",
         "learner.zero_stage",
         "learner.precision",
@@ -66,6 +69,37 @@ _MUST_MATCH = {
         "learner.zero_stage",
         "learner.precision",
     ),
+}
+
+_MUST_MATCH |= dict.fromkeys(PRESETS, _MUST_MATCH["ppo"])
+_MUST_MATCH["online_dpo"] += ("online_dpo",)
+_MUST_MATCH |= {
+    name: (
+        *("objective", "model", "task", "data", "warmup", "reward", name, "optimizer"),
+        *("run.seed", "run.prompts", "run.updates", "run.batch_size"),
+        *("run.evaluate_prompts", "run.evaluate_samples", "scoring.missing_eos_penalty"),
+        *("rollout.group_size", "rollout.max_new_tokens", "rollout.temperature"),
+        *("learner.ranks", "learner.zero_stage", "learner.precision"),
+    )
+    for name in ("spin", "rejection")
+}
+_MUST_MATCH |= {
+    name: (
+        "objective",
+        "model",
+        "preferences",
+        "text",
+        "warmup",
+        name,
+        "optimizer",
+        "run.seed",
+        "run.epochs",
+        "run.batch_size",
+        "learner.ranks",
+        "learner.zero_stage",
+        "learner.precision",
+    )
+    for name in METHODS
 }
 
 

@@ -1,7 +1,8 @@
 """The sampling side of a run: keeps free slots busy with groups that the scheduler admits, and scores them.
 
 A group's life: admitted → dispatched to an actor → sampled → scored → ready → taken by a learner step. A
-sample that its actor failed to give is asked for again; a group that cannot be scored is left out, counted.
+sample that its actor failed to give is asked for again; a group that cannot be scored, or of which dynamic
+sampling says that it teaches nothing, is left out and counted, and another prompt takes its place.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from actors.waits import within
 from cluster.accounts import Stopwatch, TakenGroup, Totals
 from cluster.config import JobConfig
 from cluster.dispatch import next_dispatch
+from cluster.dynamic_sampling import DynamicSampling
 from cluster.prompt_cursor import PromptCursor
 from cluster.remote import WorkerFailedError, WorkerLostError
 from cluster.rollout_pool import RolloutActor, RolloutPool
@@ -66,6 +68,10 @@ class Sampling:
     _tasks: "set[asyncio.Task[None]]" = field(default_factory=set)
     _began: float = 0.0
     finished_steps: int = 0  # that the learner has taken; the controller counts them
+    dynamic: DynamicSampling = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dynamic = DynamicSampling(self.config.rollout)
 
     def start(self, tasks: asyncio.TaskGroup, began: float) -> None:
         """Begin to sample, in tasks of this group; `began` is the moment from which times count."""
@@ -95,6 +101,9 @@ class Sampling:
     def pump(self) -> None:
         """Give work to every free slot that the scheduler admits. Called after whatever may make room."""
         while self._spawn is not None and not self.stopping and not self.paused:
+            if self.rollouts.waiting:  # the next free slots are for held-out prompts
+                self.refusal = Refusal.NO_SLOT
+                break
             with self.deciding:
                 answer = next_dispatch(self.scheduler, self.rollouts.slots)
             if isinstance(answer, Refusal):
@@ -108,7 +117,7 @@ class Sampling:
         self.changed.set()
 
     async def drain(self) -> None:
-        """Admit nothing more until `resume`, and wait for what is in flight."""
+        """Admit nothing more until `resume`, and wait for what is in flight (`run.evaluate_pauses`)."""
         self.paused = True
         while self.scheduler.in_flight and not self.stopping:
             await self.change("the groups in flight, before an evaluation")
@@ -184,11 +193,15 @@ class Sampling:
         if isinstance(scored, RewardFailure):
             self._leave_out(group_id, scored)
             return
+        self._recent_failures.append(False)
+        if not self.dynamic.keeps(scored):
+            self.totals.groups_left_out += 1
+            self._drop(group_id)
+            return
         work.scored, work.ready_step = scored, self.finished_steps
         work.times["scored_s"] = self._now()
         with self.deciding:
             self.scheduler.complete(group_id, scored.oldest_version)
-        self._recent_failures.append(False)
 
     async def _redispatch(self, group_id: int) -> None:
         """Sample a lost group again, on an actor whose weights are new enough, another one if possible."""
@@ -209,8 +222,7 @@ class Sampling:
 
     def _leave_out(self, group_id: int, failure: RewardFailure) -> None:
         """Count and log a group that could not be scored; another one takes its place."""
-        del self._work[group_id]
-        self.scheduler.drop(group_id)
+        self._drop(group_id)
         self.totals.groups_dropped += 1
         self.on_reward_error(failure)
         recent = self._recent_failures
@@ -222,6 +234,10 @@ class Sampling:
                 f"scoring.max_error_fraction = {self.config.scoring.max_error_fraction} of {_RECENT_GROUPS}. "
                 f"The last one, reward {failure.reward!r} on prompt {failure.prompt_id}: {failure.reason}"
             )
+
+    def _drop(self, group_id: int) -> None:
+        del self._work[group_id]
+        self.scheduler.drop(group_id)
 
     def _taken(self, group_id: int, step: int) -> TakenGroup:
         work = self._work.pop(group_id)

@@ -1,13 +1,14 @@
 """The scoring actors as the controller sees them: one queue that all of them draw from, in batches.
 
-What a lost actor was scoring goes back into the queue; a successor is started in its place.
+What a lost actor was scoring goes back into the queue; a successor is started in its place. Where the rewards
+have a discriminator, an actor loads the version that was announced last before it scores anything more.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from actors.records import Group, RewardFailure, SampledGroup
+from actors.records import DiscriminatorProof, DiscriminatorUpdate, Group, RewardFailure, SampledGroup
 from actors.settings import BATCH_GROUPS, ScoringSettings
 from actors.shipping import ShippedFolder
 from actors.waits import DeadlineExceeded
@@ -22,6 +23,10 @@ class _Waiting:
     group: SampledGroup
     answer: "asyncio.Future[Group | RewardFailure]"
     losses: int = 0
+
+
+class _LookAgain:
+    """Stands in the queue to wake an actor that may have something to load."""
 
 
 class ScoringPool:
@@ -43,7 +48,10 @@ class ScoringPool:
         self._on_event = on_event
         self._start_s = 0.0
         self._reference: ShippedFolder | None = None
-        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._queue: asyncio.Queue[_Waiting | _LookAgain] = asyncio.Queue()
+        self._discriminator: DiscriminatorUpdate | None = None
+        self._loaded: dict[str, int] = {}
+        self._proofs: list[DiscriminatorProof] = []
 
     async def start(self, seconds: float, reference: ShippedFolder | None = None) -> None:
         """Load the reference and the rewards in every actor, later in their successors, within `seconds`.
@@ -58,6 +66,32 @@ class ScoringPool:
             await remote.call("use_model", self._reference, self._start_s, seconds=self._start_s + 30)
         await remote.call("start", seconds=self._start_s)
 
+    def announce(self, update: DiscriminatorUpdate) -> None:
+        """A new version of the discriminator: whatever an actor takes up from now on is scored by it."""
+        self._discriminator = update
+        for _ in self.remotes:
+            self._queue.put_nowait(_LookAgain())
+
+    async def _keep_up(self, remote: Remote) -> None:
+        """Let an actor load the version that was announced last, if it has an older one."""
+        while (update := self._discriminator) is not None:
+            if self._loaded.get(remote.name, -1) == update.version:
+                return
+            seconds = self._settings.timeout_s
+            try:
+                proof = await remote.call("load_discriminator", update, seconds, seconds=seconds + 30)
+            except WorkerFailedError:
+                if self._discriminator is update:
+                    raise
+                continue  # its file may have given way to a newer one's
+            self._loaded[remote.name] = update.version
+            self._proofs.append(proof)
+
+    def take_proofs(self) -> list[DiscriminatorProof]:
+        """What actors loaded and proved since this was asked last."""
+        taken, self._proofs = self._proofs, []
+        return taken
+
     async def score(self, group: SampledGroup) -> Group | RewardFailure:
         """Have a group scored; waits its turn."""
         answer: asyncio.Future[Group | RewardFailure] = asyncio.get_running_loop().create_future()
@@ -71,13 +105,20 @@ class ScoringPool:
                 tasks.create_task(self._serve(remote))
 
     async def _serve(self, remote: Remote) -> None:
-        """Consumes: queued groups. Waits for: its actor. Produces: answers. Unblocked by: `score`."""
+        """Consumes: queued groups, new discriminators. Waits for: its actor. Produces: answers.
+
+        Unblocked by: `score`, `announce`.
+        """
         while True:
-            batch = [await self._queue.get()]
-            while len(batch) < BATCH_GROUPS and not self._queue.empty():
-                batch.append(self._queue.get_nowait())
+            taken = [await self._queue.get()]
+            while len(taken) < BATCH_GROUPS and not self._queue.empty():
+                taken.append(self._queue.get_nowait())
+            batch = [one for one in taken if isinstance(one, _Waiting)]
             seconds = self._settings.timeout_s * len(batch)
             try:
+                await self._keep_up(remote)
+                if not batch:
+                    continue
                 answers = await remote.call("score", [waiting.group for waiting in batch], seconds=seconds)
             except WorkerLostError as error:
                 self._put_back(batch, error)

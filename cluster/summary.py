@@ -10,8 +10,9 @@ from typing import Any
 from cluster.accounts import Totals, length_histogram, length_metrics
 from cluster.config import JobConfig
 from cluster.controller import Controller
-from cluster.evaluation import paired_gain
+from cluster.evaluation import Evaluation, paired_gain
 from cluster.heldout import HeldOut
+from cluster.pass_at_k import over_prompts
 from cluster.win_rates import win_rates
 from rewards.model_reward import ModelFacts
 
@@ -43,11 +44,13 @@ def run_summary(
         "reward_gain_ci95": [gain.low, gain.high] if gain else None,
         "heldout_prompts": len(before.rewards) if before else None,
         "kl_final": after.kl_per_sequence if after else None,
+        "pass_at": _pass_at({"initial": before, "final": after}) or None,
         "tokens_generated": totals.tokens_generated,
         "tokens_trained": totals.tokens_trained,
         "groups_dispatched": totals.groups_dispatched,
         "groups_trained": totals.groups_trained,
         "groups_dropped": totals.groups_dropped,
+        "groups_left_out": totals.groups_left_out,
         "rows_quarantined": dict(quarantined),
         "lag_bound": config.scheduler.largest_window,
         "window_final": controller.sampling.scheduler.window if controller else None,
@@ -69,6 +72,17 @@ def run_summary(
         "reward_models": {label: asdict(facts) for label, facts in models.items()},
         "versions": package_versions(),
     }
+
+
+def _pass_at(ends: Mapping[str, Evaluation | None]) -> dict[str, dict[str, float | None]]:
+    """pass@k before and after training, by k, and the half widths of their 95 % intervals."""
+    found: dict[str, dict[str, float | None]] = {}
+    for when, evaluation in ends.items():
+        if evaluation is not None and evaluation.passed:
+            by_k = over_prompts(evaluation.passed)
+            found[when] = {str(k): mean for k, (mean, _) in by_k.items()}
+            found[f"{when}_ci95"] = {str(k): half for k, (_, half) in by_k.items()}
+    return found
 
 
 def _over_optimisation(heldout: HeldOut) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.records import RewardFailure
-from cluster import best_checkpoint, checkpoint
+from cluster import adversarial, best_checkpoint, checkpoint
 from cluster.accounts import Totals, scoring_exposed
 from cluster.adaptation import Adaptation
 from cluster.adaptive import Decision
@@ -57,6 +57,7 @@ class TrainingRun:
         self._requeued = deque(self._cursor.prompt_by_id(prompt_id) for prompt_id in pending)
         self._saved_step = self.first_step if resume_from else None
         self._saving = False
+        self._checkpointing = asyncio.Lock()
         self._models = model_facts(config.reward)
         refuse_other_versions(self._state.get("reward_versions", {}), self._models)
         self._heldout = HeldOut(config, prepared.prompts, run_dir, self._state.get("overoptimisation"))
@@ -108,7 +109,8 @@ class TrainingRun:
                     services.append(self._hosts.run())
                 async with _serving(*services):
                     await controller.load_everywhere(await learner.publish(controller.step))
-                    self._heldout.attach(monitor, rollouts, scoring)
+                    beside = None if config.run.evaluate_pauses else controller.pump
+                    self._heldout.attach(monitor, rollouts, scoring, beside)
                     await self._heldout.measure_before(controller.step)
                     self._obey(controller)
                     await self._train(controller, rollouts)
@@ -138,6 +140,7 @@ class TrainingRun:
                 await learner.use_models(crew.model, critic, self.run_dir.resolve() / CONFIG)
             await learner.start()
             await self._warm_up(learner)
+            await self._start_discriminator(learner)
             reference = await asyncio.to_thread(shipped_for_scoring, config, self._reference_path())
             tasks.create_task(crew.scoring.start(config.rollout.start_timeout_s, reference))
         if self._resume_from is not None:
@@ -172,6 +175,14 @@ class TrainingRun:
                 self._monitor.warmup(row)
         await learner.finish_warm_up(reference.resolve())
         self._monitor.event(f"warmed up with {settings.steps} updates; the result is the frozen reference")
+
+    async def _start_discriminator(self, learner: LearnerGroup) -> None:
+        """Where the rewards have one: it starts from its own model or from the reference."""
+        if isinstance(learner, adversarial.AdversarialLearner):
+            job = adversarial.discriminator_job(self.config, self._prepared, self._reference_path())
+            model = await asyncio.to_thread(shipped, self.config, Path(job.model_path))
+            await learner.start_discriminator(job, model)
+            self._monitor.event(adversarial.in_words(job))
 
     def _make_controller(
         self, learner: LearnerGroup, rollouts: RolloutPool, scoring: ScoringPool
@@ -209,6 +220,7 @@ class TrainingRun:
             adaptation=adaptation,
             hooks=hooks,
             totals=totals,
+            evaluated=max(0, self._heldout.tracker.last_step),
         )
 
     def _shuffle(self) -> bool:
@@ -286,11 +298,18 @@ class TrainingRun:
         return self.run_dir / "checkpoints"
 
     async def _on_checkpoint(self, step: int) -> None:
-        """Save everything that a resume needs; the folder appears whole or not at all."""
+        """Save everything that a resume needs; the folder appears whole or not at all.
+
+        What is saved already is not saved again. An evaluation may ask beside the controller: one at a time.
+        """
+        async with self._checkpointing:
+            if self._saved_step != step:
+                await self._save(step)
+
+    async def _save(self, step: int) -> None:
         controller = self._controller
         assert controller is not None
-        if self._saved_step == step:  # a best evaluation had it saved, or the run was resumed from it
-            return
+        assert controller.step == step, f"the learner holds step {controller.step}, not {step}"
         self._saving = True
         folder = checkpoint.begin(self._checkpoints, step)
         await controller.learner.save(folder.resolve())
@@ -314,16 +333,15 @@ class TrainingRun:
 
     # ---- held-out evaluation -------------------------------------------------------------------------------
 
-    async def _on_evaluate(self) -> dict[str, float]:
-        """Evaluate between two steps, with nothing in flight: keep the best, stop where a rule says so."""
+    async def _on_evaluate(self, version: int, training_s: float) -> None:
+        """Evaluate the weights of a step beside training: keep the best, stop where a rule says so."""
         controller = self._controller
         assert controller is not None
-        outcome = await self._heldout.measure_during(controller.step)
+        outcome = await self._heldout.measure_during(version, training_s)
         if outcome.is_best:
-            await self._on_checkpoint(controller.step)
-            self._mark_best(controller.step)
+            await self._on_checkpoint(version)  # the controller has it saved; this waits for the end of that
+            self._mark_best(version)
         self._obey(controller)
-        return outcome.row
 
     def _obey(self, controller: Controller) -> None:
         """Stop where a rule says so."""

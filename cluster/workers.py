@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.rollout import RolloutWorker
 from actors.scoring import ScoringWorker
 from actors.waits import DeadlineExceeded, within
+from cluster.adversarial import learner_class
 from cluster.config import JobConfig
 from cluster.placement import (
     SHARED_GPU,
@@ -28,7 +29,7 @@ from cluster.placement import (
     usable_gpus,
 )
 from cluster.remote import Remote
-from learner.worker import LearnerJob, LearnerWorker
+from learner.worker import LearnerJob
 
 _STOP_DEADLINE_S = 10.0
 Role = Literal["learner", "rollout", "scoring"]
@@ -163,7 +164,8 @@ class WorkerFactory:
     def learner(self, rank: int) -> Remote:
         """The learner's rank."""
         self._made["learner", rank] += 1
-        return self._actor(LearnerWorker, "learner", rank, {}, rank, self._config.learner.ranks, self._job)
+        worker = learner_class(self._config)
+        return self._actor(worker, "learner", rank, {}, rank, self._config.learner.ranks, self._job)
 
     def rollout(self, place: int) -> Remote:
         """A rollout actor; of several in one place each samples with a seed of its own."""

@@ -45,6 +45,16 @@ def generalised_advantages(
     return advantages, advantages + values
 
 
+def rewards_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+    """A_t = Σ_{u ≥ t} γ^{u−t}·r_u, (B, T): the advantage of REINFORCE without a baseline.
+
+    A token answers for its own KL penalty and those after it, not for those before. Source: Williams,
+    "Simple statistical gradient-following algorithms" (1992).
+    """
+    advantages, _ = generalised_advantages(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
+    return advantages
+
+
 def vtrace_targets(
     rewards: Tensor,
     values: Tensor,

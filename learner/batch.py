@@ -16,11 +16,15 @@ from torch import Tensor
 
 from actors.packing import MicroBatch, Pair
 from actors.records import Group
+from learner.group_advantages import uniform_groups
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One trajectory with its prompt, and the lag of each of its tokens."""
+    """One trajectory with its prompt, and the lag of each of its tokens.
+
+    `group` numbers the groups of the step from 0. Every rank has all samples, and so the whole of each group.
+    """
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
@@ -29,6 +33,7 @@ class Sample:
     lags: tuple[int, ...]
     reward: float
     finished: bool
+    group: int
 
     @property
     def pair(self) -> Pair:
@@ -47,7 +52,7 @@ def flatten(groups: Sequence[Group], version: int) -> list[Sample]:
     Rewards and reference log-probabilities must be finite: scoring leaves out groups where they are not.
     """
     samples: list[Sample] = []
-    for group in groups:
+    for number, group in enumerate(groups):
         for trajectory in group.trajectories:
             completion = trajectory.completion
             lags = tuple(version - sampled for sampled in completion.versions)
@@ -66,6 +71,7 @@ def flatten(groups: Sequence[Group], version: int) -> list[Sample]:
                     lags,
                     trajectory.reward,
                     completion.finished,
+                    number,
                 )
             )
     assert samples, "a step without samples"
@@ -152,11 +158,13 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
     lengths = [len(sample.response) for sample in samples]
     lags = [lag for sample in samples for lag in sample.lags]
+    uniform = uniform_groups(rewards, torch.tensor([sample.group for sample in samples]))
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std(correction=0)),
         "reward/min": float(rewards.min()),
         "reward/max": float(rewards.max()),
+        "group/uniform_fraction": float(uniform.double().mean()),
         "length/mean": sum(lengths) / len(lengths),
         "length/max": float(max(lengths)),
         "length/finished_fraction": sum(sample.finished for sample in samples) / len(samples),

@@ -1,7 +1,7 @@
 """What a learner leaves on disk.
 
     folder/policy/               the language model and its tokenizer, as transformers and vLLM open them
-    folder/value_head.safetensors    where the value head shares the policy
+    folder/value_head.safetensors    where a value head shares the policy
     folder/critic/               an own critic's backbone, and value_head.safetensors
     folder/deepspeed/NAME/state  weights, master weights and optimizer state of each engine, by DeepSpeed
     folder/learner.json          counters, β, and what the state was made with
@@ -17,16 +17,29 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from actors.language_model import DTYPES
 from learner.engine import TrainingEngine, barrier
+from learner.settings import LearnerSettings, ModelSettings
 
 if TYPE_CHECKING:
     from learner.worker import LearnerJob
+
+
+class Saved(Protocol):
+    """What must be known of a job to save its policy: where the model came from, and its precision."""
+
+    @property
+    def model_path(self) -> str: ...
+    @property
+    def model(self) -> ModelSettings: ...
+    @property
+    def learner(self) -> LearnerSettings: ...
+
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -55,7 +68,7 @@ class LearnerState:
         return dataclasses.replace(self, **values)
 
 
-def export_policy(engine: TrainingEngine, folder: Path, job: "LearnerJob", *, writes: bool) -> None:
+def export_policy(engine: TrainingEngine, folder: Path, job: Saved, *, writes: bool) -> None:
     """Gather the policy (all ranks) and write it as a Hugging Face folder (the rank that writes)."""
     policy = engine.module
     weights = _collect(engine, policy.model, keep=writes)
@@ -81,9 +94,9 @@ def save(
     writes = rank == 0
     policy = engines[0]
     export_policy(policy, folder / "policy", job, writes=writes)
-    if len(engines) == 1:
+    if policy.module.value_head is not None:
         _save_head(policy, folder / "value_head.safetensors", writes=writes)
-    else:
+    if len(engines) == 2:
         critic = engines[1]
         weights = _collect(critic, critic.module.model, keep=writes)
         if writes:
@@ -165,9 +178,7 @@ def _save_head(engine: TrainingEngine, path: Path, *, writes: bool) -> None:
         save_file(weights, path)
 
 
-def _write_model(
-    model: Any, weights: dict[str, Tensor], folder: Path, source: str, job: "LearnerJob"
-) -> None:
+def _write_model(model: Any, weights: dict[str, Tensor], folder: Path, source: str, job: Saved) -> None:
     """save_pretrained, but under the configuration that the model came with: training changes parts of it
     (no dropout, no cache) that a user of the saved model wants back."""
     from transformers import AutoConfig

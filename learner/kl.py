@@ -1,14 +1,18 @@
 """Estimators of KL(π‖π_ref) from tokens sampled from π, and the controller of its coefficient.
 
 With δ = log π − log π_ref of the sampled token, all three have the expectation KL(π‖π_ref) or near it. They
-differ in variance and, where a gradient flows through them, in what they descend: k1 inside the reward
-trains here, k3 is logged. Source: Schulman, "Approximating KL divergence" (2020), joschu.net.
+differ in variance and, where they train, in what they descend: `gradient_caveat` says what. k1 inside the
+reward is right; k3 is logged. Source: Schulman, "Approximating KL divergence" (2020), joschu.net.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Estimator = Literal["k1", "k2", "k3"]
+Place = Literal["reward", "loss"]
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are cut off here before `exp`: e²⁰ ≈ 5·10⁸ is far beyond any use, and still finite squared."""
@@ -28,6 +32,33 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """e^{−δ} − 1 + δ: unbiased and never negative."""
     delta = logprobs - reference
     return torch.expm1((-delta).clamp(max=MAX_LOG_RATIO)) + delta
+
+
+def estimate(kind: Estimator, logprobs: Tensor, reference: Tensor) -> Tensor:
+    """The estimator that is named."""
+    return {"k1": k1, "k2": k2, "k3": k3}[kind](logprobs, reference)
+
+
+_LATER = "; it leaves out what a token does to the KL of those after it"
+_CAVEATS: dict[tuple[Place, Estimator], str] = {
+    ("reward", "k2"): "the expected gradient is E[δ²/2 · ∇log π], of second order near the reference: "
+    "there it hardly holds the policy back",
+    ("reward", "k3"): "the expected gradient is that of KL(π‖π_ref) − KL(π_ref‖π), of second order near the "
+    "reference: there it hardly holds the policy back",
+    ("loss", "k1"): "the expected gradient is 0: it adds noise and holds nothing back",
+    ("loss", "k2"): "the gradient is that of KL(π‖π_ref) for one token" + _LATER,
+    ("loss", "k3"): "the gradient is that of KL(π_ref‖π), the forward one, for one token" + _LATER,
+}
+
+
+def gradient_caveat(place: Place, kind: Estimator) -> str | None:
+    """What the estimator descends there, in words, where it is not KL(π‖π_ref); δ = log π − log π_ref.
+
+    Inside the reward the gradient is E[k·∇log π]. With k3 = e^{−δ} − 1 + δ that is E[δ·∇log π] = ∇KL(π‖π_ref)
+    plus E[e^{−δ}·∇log π] = Σ π_ref ∇log π = −∇KL(π_ref‖π). In the loss it is E[∇k]: E[∇log π] = 0 for k1,
+    E[δ·∇log π] for k2, −Σ π_ref ∇log π for k3.
+    """
+    return _CAVEATS.get((place, kind))
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,19 +56,44 @@ class LearnerSettings(Settings):
 
 
 class PPOSettings(Settings):
-    """`[ppo]`: proximal policy optimisation with a value model."""
+    """`[ppo]`: proximal policy optimisation and its family; `objective` sets what you leave out."""
 
+    advantage: Literal["gae", "reward_to_go", "group_mean", "group_std", "leave_one_out"] = Field(
+        "gae",
+        description="A of a token. gae: from the value model; reward_to_go: the rewards from the token on. "
+        "The others compare a response's return with its group's. group_mean: R − mean; group_std: that over "
+        "the standard deviation; leave_one_out: R − mean of the others.",
+    )
+    surrogate: Literal["token_clip", "sequence_clip", "geometric_clip", "cispo"] = Field(
+        "token_clip",
+        description="What is clipped. token_clip: a token's ratio ρ; sequence_clip: the product of a "
+        "response's; geometric_clip: their geometric mean (GSPO); cispo: the weight of a token, which keeps "
+        "its gradient.",
+    )
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = Field(
+        "token_mean",
+        description="How tokens are added up. token_mean: over all tokens; sequence_mean: over a response's "
+        "tokens, then over responses; sequence_sum: a response's sum, then the mean over responses; "
+        "constant: that over `rollout.max_new_tokens`.",
+    )
     epochs: int = Field(1, ge=1, description="Passes over each batch.")
     minibatches: int = Field(1, ge=1, description="Optimizer updates in a pass; must divide `batch_size`.")
-    clip: float = Field(0.2, gt=0, lt=1, description="ε: the ratio is clipped to [1−ε, 1+ε].")
+    clip: float = Field(
+        0.2, gt=0, le=1, description="ε: the ratio is clipped to [1−ε, 1+ε]; 1: not below, only above."
+    )
+    clip_high: float | None = Field(
+        None, gt=0, description="ε_high: the ratio is clipped to 1+ε_high above; unset: `clip`."
+    )
     clip_value: float = Field(0.2, ge=0, description="ε_v: range of the clipped value loss; 0: none.")
     dual_clip: float = Field(
         0.0, ge=0, description="c: bound −c·A of the loss where A < 0, above 1; 0: none."
     )
     gamma: float = Field(1.0, gt=0, le=1, description="γ: discount a token.")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation.")
-    value_model: Literal["head", "critic"] = Field(
-        "head", description="head: a scalar head on the policy; critic: a model of its own."
+    value_model: Literal["head", "critic", "none"] = Field(
+        "head",
+        description="head: a scalar head on the policy; critic: a model of its own; none: for every "
+        "`advantage` but gae.",
     )
     value_coef: float = Field(
         0.1, ge=0, description="Weight of the value loss when the head shares the policy."
@@ -76,10 +101,36 @@ class PPOSettings(Settings):
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     whiten_rewards: bool = Field(False, description="Scale token rewards to unit variance, mean kept.")
     whiten_advantages: bool = Field(True, description="Advantages to mean 0 and variance 1 over the batch.")
-    kl_coef: float = Field(0.05, ge=0, description="β: k1 KL penalty to the reference inside the reward.")
+    group_epsilon: float = Field(
+        1e-4, gt=0, description="ε of `advantage = group_std`: (R − mean)/(std + ε)."
+    )
+    overlong_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of `rollout.max_new_tokens`, at its end, over which a penalty for length grows; "
+        "0: none.",
+    )
+    overlong_penalty: float = Field(
+        1.0, gt=0, description="What a response of `rollout.max_new_tokens` loses by it, in reward."
+    )
+    kl_coef: float = Field(0.05, ge=0, description="β: weight of the KL penalty to the reference.")
+    kl_in: Literal["reward", "loss"] = Field(
+        "reward", description="Where the penalty stands: part of each token's reward, or a term of the loss."
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1",
+        description="With δ = log π − log π_ref, k1: δ; k2: δ²/2; k3: e^(−δ) − 1 + δ. Only k1 in the reward "
+        "has the gradient of KL(π‖π_ref); docs/policy_gradients.md says what the others have.",
+    )
     kl_control: Literal["fixed", "adaptive"] = Field("fixed", description="adaptive: β follows `kl_target`.")
     kl_target: float = Field(6.0, gt=0, description="Target KL of a sequence, in nats.")
     kl_horizon: int = Field(10_000, ge=1, description="Adaptive: samples over which β may change by a fifth.")
+
+    @property
+    def has_values(self) -> bool:
+        """Whether a value model is trained."""
+        return self.value_model != "none"
 
     @field_validator("dual_clip")
     @classmethod

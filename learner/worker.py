@@ -28,7 +28,9 @@ from learner.batch import flatten
 from learner.engine import TrainingEngine
 from learner.kl import KLController
 from learner.models import Critic, Policy
+from learner.online_dpo import OnlineDPO
 from learner.ppo import PPO
+from learner.preference_settings import OnlineDPOSettings
 from learner.rank import LearnerRank
 from learner.schedule import learning_rate
 from learner.settings import (
@@ -50,7 +52,7 @@ class LearnerJob:
     """All that a rank is told.
 
     `model_path` is the folder or hub name that training starts from, `total_updates` the PPO updates of the
-    whole run, over which the learning rate decays.
+    whole run, over which the learning rate decays, `max_new_tokens` the longest response that is sampled.
     """
 
     model_path: str
@@ -64,6 +66,8 @@ class LearnerJob:
     seed: int
     total_updates: int
     max_length: int
+    max_new_tokens: int = 0
+    online_dpo: OnlineDPOSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,7 @@ class LearnerWorker(LearnerRank):
         own_critic = job.ppo.value_model == "critic"
         policy = Policy(
             model,
-            with_value_head=not own_critic,
+            with_value_head=job.ppo.value_model == "head",
             temperature=job.temperature,
             chunk_tokens=job.learner.logprob_chunk_tokens,
             entropy_gradient=job.ppo.entropy_coef > 0,
@@ -204,17 +208,8 @@ class LearnerWorker(LearnerRank):
             raise ValueError(f"step {version} was asked for, but the learner has taken {state.steps} steps")
         samples = flatten(groups, version)
         updates = job.ppo.epochs * job.ppo.minibatches
-        ppo = PPO(
-            self._engines[0],
-            self._critic,
-            job.ppo,
-            job.correction,
-            job.learner.micro_batch_tokens,
-            self._rank,
-            self._ranks,
-        )
         controller = self._controller()
-        metrics = ppo.step(
+        metrics = self._method().step(
             samples,
             controller=controller,
             seed=job.seed * 1_000_003 + version,
@@ -226,6 +221,30 @@ class LearnerWorker(LearnerRank):
         metrics["memory/learner"] = _peak_memory_gib()
         metrics["timing_s/learner_step"] = time.perf_counter() - began
         return metrics
+
+    def _method(self) -> PPO | OnlineDPO:
+        """What a step does with its samples."""
+        job = self._job
+        if job.online_dpo is not None:
+            return OnlineDPO(
+                self._engines[0],
+                job.online_dpo,
+                job.ppo.epochs,
+                job.ppo.minibatches,
+                job.learner.micro_batch_tokens,
+                self._rank,
+                self._ranks,
+            )
+        return PPO(
+            self._engines[0],
+            self._critic,
+            job.ppo,
+            job.correction,
+            job.learner.micro_batch_tokens,
+            self._rank,
+            self._ranks,
+            job.max_new_tokens,
+        )
 
     def _controller(self) -> KLController:
         settings = self._job.ppo

@@ -27,13 +27,15 @@ class RewardRequest:
 
     `prompt` is the data row's own prompt (a string or chat messages), `completion` the response's text
     without its end token, `row` the whole data row, and `finished` whether the policy ended the response
-    itself rather than being cut off.
+    itself rather than being cut off. `token_ids` are the policy's own of prompt and response, with the end
+    token if it sampled one; empty where they are not known.
     """
 
     prompt: str | list[dict[str, Any]]
     completion: str
     row: Mapping[str, Any]
     finished: bool
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewards.base import Reward
 from rewards.child_reward import ChildLimits
 from rewards.code_reward import CodeReward, CodeSettings
 from rewards.code_tests import ENTRY_COLUMN, cases_of, entry_point_of
 from rewards.combined import CombinedReward, Part
+from rewards.discriminator_settings import check_discriminators
 from rewards.graders import ExactReward, NumericReward, RegexReward, TaskReward, answer_number, answer_text
+from rewards.log_ratio import LogRatioReward
 from rewards.model_reward import ModelPlace, ModelReward, model_folder, refuse_shared_labels
 from rewards.sandbox import MIB, SandboxLimits
 from rewards.settings import RewardSettings, TaskSettings
@@ -19,16 +21,24 @@ from rewards.tasks.programs import CODE, ProgramsTask
 from rewards.tasks.registry import get_task
 from rewards.user_function import FunctionReward, parse_target
 
+if TYPE_CHECKING:
+    from rewards.models.discriminator import DiscriminatorReward
+
 GIB = 1 << 30
 START_TIMEOUT_S = 120.0  # a user's module may import a large library
 RESERVED_LABELS = ("missing_eos_penalty",)
 # Names that an evaluation logs as `heldout/NAME` itself.
 HELDOUT_NAMES = (
     *("reward", "reward_errors", "kl_sequence", "kl_sequence_k3", "response_tokens", "entropy"),
-    "finished_fraction",
+    *("finished_fraction", "pass_at"),
 )
-# The field that a kind cannot do without, and that no other kind reads.
-OWN_FIELD = {"regex": "pattern", "function": "function", "model": "path"}
+# Fields that some kinds cannot do without, and that no other kind reads.
+OWN_FIELDS = {
+    "pattern": ("regex",),
+    "function": ("function",),
+    "path": ("model", "log_ratio"),
+    "initial": ("log_ratio",),
+}
 CODE_FIELDS = ("tests_column", "entry_point", "all_or_nothing", "cpu_seconds", "memory_mib")
 
 
@@ -59,7 +69,11 @@ def build_reward(
                 "start, or take the name out"
             )
     limits = ChildLimits(timeout_s, int(memory_gib * GIB), START_TIMEOUT_S, tuple(environment))
-    found = _build_models(settings, directory, models)
+    found: dict[str, ModelReward | LogRatioReward | DiscriminatorReward] = {
+        **_build_models(settings, directory, models),
+        **_build_log_ratios(settings, directory, models),
+        **_build_discriminators(settings, models),
+    }
     parts: list[Part] = []
     try:
         for one in settings:
@@ -91,6 +105,31 @@ def _build_models(
     return found
 
 
+def _build_log_ratios(
+    settings: Sequence[RewardSettings], directory: Path, place: ModelPlace | None
+) -> dict[str, LogRatioReward]:
+    """The log-ratios by label, loaded if a place is given; ValueError if one cannot serve."""
+    found = {}
+    for one in (one for one in settings if one.kind == "log_ratio"):
+        folders = (model_folder(path, directory) for path in (one.path, one.initial))
+        found[one.label] = LogRatioReward(one.label, *folders, per_token=one.per_token)
+        if place is not None:
+            found[one.label].load(place)
+    return found
+
+
+def _build_discriminators(
+    settings: Sequence[RewardSettings], place: ModelPlace | None
+) -> "dict[str, DiscriminatorReward]":
+    """The discriminators by label; their weights come while the run goes on."""
+    tables = [one for one in settings if one.kind == "discriminator"]
+    if not tables:
+        return {}
+    from rewards.models.discriminator import DiscriminatorReward
+
+    return {one.label: DiscriminatorReward(one.label, one.form, one.logit_limit, place) for one in tables}
+
+
 def check_rewards(
     settings: Sequence[RewardSettings], task: TaskSettings | None, *, directory: Path | None = None
 ) -> None:
@@ -109,6 +148,7 @@ def check_rewards(
         labels.add(one.label)
         _check_role(one)
         _check_one(one, task, (directory or Path.cwd()).resolve())
+    check_discriminators(settings)
     if all(one.role == "evaluate" for one in settings):
         raise ValueError(
             'reward.role = "evaluate" in every [[reward]]: nothing would be trained on; set one to "train"'
@@ -161,15 +201,20 @@ def _check_role(one: RewardSettings) -> None:
 
 
 def _check_one(one: RewardSettings, task: TaskSettings | None, directory: Path) -> None:
-    for kind, field in OWN_FIELD.items():
+    for field, kinds in OWN_FIELDS.items():
         value = getattr(one, field)
-        if one.kind == kind and not value:
-            raise ValueError(f'reward.{field} of {one.label!r} is missing; kind = "{kind}" needs it')
-        if one.kind != kind and value:
+        if one.kind in kinds and not value:
+            raise ValueError(f'reward.{field} of {one.label!r} is missing; kind = "{one.kind}" needs it')
+        if one.kind not in kinds and value:
             raise ValueError(
                 f"reward.{field} = {value!r} of {one.label!r} has no effect with kind = {one.kind!r}; "
-                f'leave it out, or set kind = "{kind}"'
+                f'leave it out, or set kind = "{kinds[0]}"'
             )
+    if one.per_token and one.kind != "log_ratio":
+        raise ValueError(
+            f"reward.per_token = true of {one.label!r} has no effect with kind = {one.kind!r}; leave it out, "
+            'or set kind = "log_ratio"'
+        )
     if one.kind != "code":
         _refuse_code_fields(one)
     if one.kind == "regex":

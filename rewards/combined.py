@@ -75,6 +75,11 @@ class CombinedReward:
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = list(parts)
 
+    @property
+    def rewards(self) -> list[Reward]:
+        """The single rewards, in the order of their tables."""
+        return [part.reward for part in self._parts]
+
     def score(self, requests: Sequence[RewardRequest]) -> list[Score | RewardError]:
         """One answer for each request of a training group: a finite total, or the first reward's error."""
         return self.score_groups([requests], [False])[0].answers

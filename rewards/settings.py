@@ -17,7 +17,7 @@ class Settings(BaseModel):
 class TaskSettings(Settings):
     """`[task]`: a generated task with a known gold reward, instead of `[data]` files."""
 
-    kind: Literal["reversal", "countdown", "programs", "coverage"] = Field(
+    kind: Literal["reversal", "countdown", "programs", "coverage", "modes"] = Field(
         description="Which generator makes the rows."
     )
     train_size: int = Field(4096, ge=1, description="Training prompts to generate.")
@@ -28,7 +28,7 @@ class TaskSettings(Settings):
     corruption: float = Field(
         0.3, ge=0, le=1, description="Fraction of demonstrations made wrong on purpose."
     )
-    length: int = Field(8, ge=2, le=64, description="reversal: letters to reverse; others: ignored.")
+    length: int = Field(8, ge=2, le=64, description="reversal, modes: letters of a prompt; others: ignored.")
     numbers: int = Field(
         3,
         ge=2,
@@ -48,11 +48,14 @@ class TaskSettings(Settings):
 class RewardSettings(Settings):
     """One `[[reward]]` table; the reward of a completion is the weighted sum over those of role `train`."""
 
-    kind: Literal["exact", "numeric", "regex", "function", "task", "code", "model"] = Field(
+    kind: Literal[
+        "exact", "numeric", "regex", "function", "task", "code", "model", "log_ratio", "discriminator"
+    ] = Field(
         description="exact: equals the answer; numeric: last number equals the answer within `tolerance`; "
         "regex: `pattern` is found; function: your own Python; task: gold reward of the `[task]`; "
         "code: the share of the row's tests that the completion's Python passes in a sandbox; "
-        "model: a trained reward model."
+        "model: a trained reward model; log_ratio: log π_tuned − log π_initial of two language models; "
+        "discriminator: a classifier of demonstrations against the policy's responses, trained beside it."
     )
     name: str = Field("", description="Name of its metric, `reward/NAME`; the kind when empty.")
     weight: float = Field(1.0, description="Weight in the sum.")
@@ -61,7 +64,14 @@ class RewardSettings(Settings):
         description="train: a part of the reward that is optimised; evaluate: scores samples of held-out "
         "evaluations only, is never trained on, and is logged as `heldout/NAME`.",
     )
-    path: str = Field("", description="model: the folder of a trained reward model.")
+    path: str = Field(
+        "",
+        description="model: the folder of a trained reward model; log_ratio: of the fine-tuned model.",
+    )
+    initial: str = Field(
+        "", description="log_ratio: the folder of the language model that the fine-tuning started from."
+    )
+    per_token: bool = Field(False, description="log_ratio: divide by the number of the response's tokens.")
     pattern: str = Field("", description="regex: what must be found; group 1, if any, must equal the answer.")
     function: str = Field("", description="function: `module:function` or `file.py:function`.")
     answer_column: str = Field(
@@ -82,6 +92,14 @@ class RewardSettings(Settings):
     cpu_seconds: int = Field(2, ge=1, description="code: processor time of one program.")
     memory_mib: int = Field(
         256, ge=64, description="code: address space of one program; the interpreter takes about 40 of it."
+    )
+
+    form: Literal["logit", "-log(1-D)", "log(D)", "D/(1-D)"] = Field(
+        "logit",
+        description="discriminator: the reward made of its D; logit: log D − log(1 − D).",
+    )
+    logit_limit: float = Field(
+        10.0, gt=0, description="discriminator: a logit is cut off at ± this before it becomes a reward."
     )
 
     @property

@@ -67,13 +67,15 @@ def _sets(run: RunData, evaluation: Mapping[str, Any], axes: Axes) -> bool:
         (f"held out: {name}", found)
         for name, found in ((evaluation.get("heldout") or {}).get("subsets") or {}).items()
     ]
+    rows = [row for row in rows if row[1]["value"] is not None]
     if not rows:
         return False
     rows = rows[:14]
     places = range(len(rows))
     values = [found["value"] for _, found in rows]
-    low = [found["value"] - found["low"] for _, found in rows]
-    high = [found["high"] - found["value"] for _, found in rows]
+    # A single prompt has no interval.
+    low = [0.0 if found["low"] is None else found["value"] - found["low"] for _, found in rows]
+    high = [0.0 if found["high"] is None else found["high"] - found["value"] for _, found in rows]
     axes.barh(places, values, xerr=[low, high], color=BLUE, alpha=0.75, ecolor=INK, capsize=3, height=0.6)
     axes.axvline(0.5, color=RED, ls="--", lw=1.2)
     axes.set_yticks(list(places), ["held out" if name == "heldout" else name[:24] for name, _ in rows])
@@ -122,7 +124,7 @@ def _length(run: RunData, evaluation: Mapping[str, Any], axes: Axes) -> bool:
         return False
     correlation = (found.get("length") or {}).get("pearson")
     label = "held-out responses"
-    if correlation:
+    if correlation and correlation["value"] is not None:
         label += f", correlation {correlation['value']:+.2f}"
     axes.scatter([x for x, _ in points], [y for _, y in points], s=9, color=ORANGE, alpha=0.6, label=label)
     axes.set_xlabel("length of the response (tokens)")

@@ -81,7 +81,9 @@ def _row(name: str, found: Mapping[str, Any]) -> str:
 
 
 def _estimate(found: Any) -> str:
-    """For example `0.741 (0.702 to 0.777)`."""
-    if not isinstance(found, Mapping):
+    """For example `0.741 (0.702 to 0.777)`; too few rows may tell a value without an interval, or nothing."""
+    if not isinstance(found, Mapping) or found["value"] is None:
         return "–"
+    if found["low"] is None or found["high"] is None:
+        return f"{found['value']:.3f} (interval unknown)"
     return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"

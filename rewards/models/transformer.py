@@ -81,6 +81,23 @@ def load_classifier(
     return model.to(device)
 
 
+def load_language_model(
+    folder: str | Path, *, precision: str, device: str, attention: str = "sdpa"
+) -> "PreTrainedModel":
+    """A causal language model to score with, in eval mode; raises as `load_classifier`."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = _open(AutoModelForCausalLM, Path(folder), precision=precision, attention=attention)
+    missing = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+    if missing:
+        raise ValueError(
+            f"model {str(folder)!r}: its files lack {len(missing)} weights of a {model.config.model_type} "
+            f"causal language model ({', '.join(missing[:3])}): use a folder that was saved from one"
+        )
+    opened: PreTrainedModel = model.to(device)
+    return opened
+
+
 def load_backbone(folder: str | Path, *, precision: str, device: str, attention: str = "sdpa") -> Any:
     """A language model without its output layer, for embeddings; raises as `load_classifier`."""
     from transformers import AutoModel

@@ -3,12 +3,14 @@
 from rewards.tasks.base import Task
 from rewards.tasks.countdown import CountdownTask
 from rewards.tasks.coverage import CoverageTask
+from rewards.tasks.modes import ModesTask
 from rewards.tasks.programs import ProgramsTask
 from rewards.tasks.reversal import ReversalTask
 
 TASKS: dict[str, Task] = {
     "countdown": CountdownTask(),
     "coverage": CoverageTask(),
+    "modes": ModesTask(),
     "programs": ProgramsTask(),
     "reversal": ReversalTask(),
 }

@@ -22,6 +22,7 @@ from cluster.adaptive import Decision
 from cluster.config import JobConfig
 from cluster.config_file import parse_config
 from cluster.controller import Controller, Hooks, StepReport
+from cluster.evaluation import Evaluation, evaluate
 from cluster.job import first_cause
 from cluster.prompt_cursor import PromptCursor
 from cluster.recruiting import Recruiter
@@ -44,16 +45,18 @@ def build_controller(
     recruiter: Recruiter | None = None,
     create_scorer: Callable[[int], Any] | None = None,
     on_event: Callable[[str], None] = print,
+    step: int = 0,
 ) -> Controller:
-    """All that stands between stand-ins is the real thing. Every actor holds version 0."""
+    """All that stands between stand-ins is the real thing. Every actor holds the weights of `step`."""
     on_loss = recruiter.on_loss if recruiter else None
     pool = RolloutPool(list(rollouts), config.rollout, config.sync, on_loss=on_loss)
     for actor in pool.actors:
-        pool.slots.set_version(actor.remote.name, 0)
+        pool.slots.set_version(actor.remote.name, step)
     scheduler = Scheduler(
         groups_per_step=config.groups_per_step,
         window=config.scheduler.first_window,
         total_steps=config.run.steps,
+        step=step,
     )
     totals = Totals()
     sampling = Sampling(
@@ -117,7 +120,7 @@ class StandIn:
         self.name = name
         self.world = world
         self.place = place
-        self.version = 0
+        self.version = world.first_step
 
     async def call(self, method: str, *args: Any, seconds: float) -> Any:
         self._live()
@@ -140,6 +143,11 @@ class StandIn:
         load = self.world.rollouts.slots[self.name].in_flight
         self.world.most_in_flight[self.name] = max(self.world.most_in_flight[self.name], load)
         await asyncio.sleep(self.world.sample_seconds(request.prompt.id) * self.world.slowness[self.name])
+        if request.prompt.id.startswith("h"):
+            self.world.held_back += 1
+            self.world.most_held_back = max(self.world.most_held_back, self.world.held_back)
+            await self.world.gate.wait()
+            self.world.held_back -= 1
         if self.name in self.world.broken:
             raise WorkerFailedError(f"{self.name} failed to sample: no luck")
         tokens = tuple(range(3))
@@ -157,7 +165,10 @@ class StandIn:
     def _scored(self, group: SampledGroup) -> Any:
         if group.prompt.id in self.world.unscorable:
             return RewardFailure(group.group_id, group.prompt.id, "gold", "raised")
-        trajectories = tuple(Trajectory(c, 1.0, {"gold": 1.0}, c.logprobs) for c in group.completions)
+        trajectories = tuple(
+            Trajectory(c, self.world.reward(group.prompt.id, i), {"gold": 1.0}, c.logprobs)
+            for i, c in enumerate(group.completions)
+        )
         return Group(group.group_id, group.prompt, trajectories, group.actor, 0.001, 0.001)
 
     async def load_weights(self, update: WeightUpdate) -> SyncProof:
@@ -206,8 +217,10 @@ class World:
         window: int | str = 2,
         seed: int = 0,
         most_actors: int = 0,
+        step: int = 0,
     ) -> None:
-        """`most_actors`: how many there may be; 0: a lost one has no successor."""
+        """`most_actors`: how many there may be; 0: a lost one has no successor. `step`: where it begins."""
+        self.first_step = step
         self.rng = random.Random(seed)
         self.log: list[tuple[str, int]] = []
         self.trained: list[str] = []
@@ -224,6 +237,13 @@ class World:
         self.reports: list[StepReport] = []
         self.failures: list[RewardFailure] = []
         self.checkpoints: list[tuple[int, list[str]]] = []
+        self.saved: list[tuple[int, int]] = []  # (step of a checkpoint, learner steps that were begun)
+        self.evaluations: list[Evaluation] = []
+        self.heldout = [Prompt(f"h{i}", (1, 2), "x") for i in range(12)]
+        self.gate = asyncio.Event()  # held-out samples come back once it is set
+        self.held_back = self.most_held_back = 0
+        self.gate.set()
+        self.reward: Callable[[str, int], float] = lambda _prompt, _sample: 1.0
         self.decisions: list[Decision] = []
         config = parse_config(JOB, [f"scheduler.window={window}", *overrides])
         self.sample_seconds: Callable[[str], float] = lambda _: self.rng.paretovariate(1.2) * 0.0005
@@ -254,6 +274,7 @@ class World:
             recruiter=self.recruiter,
             create_scorer=(lambda place: self._create("scoring", place)) if most_actors else None,
             on_event=self.events.append,
+            step=step,
         )
         self.sampling = self.controller.sampling
         self.rollouts = self.sampling.rollouts
@@ -267,14 +288,30 @@ class World:
 
     async def _checkpoint(self, step: int) -> None:
         self.checkpoints.append((step, self.sampling.pending_prompts()))
+        begun = [number for kind, number in self.log if kind == "step"]
+        self.saved.append((step, begun[-1] + 1 if begun else self.first_step))
 
-    async def _evaluate(self) -> dict[str, float]:
-        versions = {actor.version for actor in self.rollouts.actors}
-        assert self.sampling.scheduler.in_flight == 0
-        self.log.append(("evaluate", versions.pop()))
-        assert not versions
-        await asyncio.sleep(0.4)
-        return {"heldout/reward": 1.0}
+    async def _evaluate(self, version: int, _training_s: float) -> None:
+        """The real evaluation, on stand-ins: it refuses samples of another version itself."""
+        pauses = self.controller.config.run.evaluate_pauses
+        assert not pauses or self.sampling.scheduler.in_flight == 0
+        self.log.append(("evaluate", version))
+        found = await evaluate(
+            self.heldout,
+            self.rollouts,
+            self.sampling.scoring,
+            self.controller.config.rollout,
+            samples=2,
+            version=version,
+            on_free=None if pauses else self.controller.pump,
+        )
+        self.evaluations.append(found)
+        self.log.append(("evaluated", version))
+
+    def during(self, version: int) -> list[int]:
+        """The learner steps that began after weights were out and before they were evaluated."""
+        first, last = (self.log.index((kind, version)) for kind in ("publish", "evaluated"))
+        return [number for kind, number in self.log[first:last] if kind == "step"]
 
     def run(self, *beside: Coroutine[Any, Any, None]) -> None:
         run_controller(self.controller, 120, *beside, recruiter=self.recruiter)

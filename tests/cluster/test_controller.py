@@ -189,20 +189,6 @@ def test_measurement_changes_nothing_where_the_window_is_fixed() -> None:
     assert world.reports[-1].row["mismatch/drift"] == pytest.approx(5.0, rel=0.05)
 
 
-@pytest.mark.parametrize(("window", "every"), [(0, 1), (3, 3)])
-def test_evaluations_run_on_the_weights_of_their_step_and_off_the_clock(window: int, every: int) -> None:
-    world = World("run.evaluate_every=4", f"scheduler.publish_every={every}", window=window)
-    world.run()
-    # Of 12 steps, after the 4th and the 8th; the last one has the evaluation that every run has.
-    assert [version for kind, version in world.log if kind == "evaluate"] == [4, 8]
-    assert [report.step for report in world.reports if "heldout/reward" in report.row] == [4, 8]
-    assert [report.step for report in world.reports] == list(range(1, 13))
-    elapsed = [report.row["time/training_s"] for report in world.reports]
-    assert elapsed == sorted(elapsed)
-    took = sum(report.row["timing_s/step"] for report in world.reports)
-    assert abs(elapsed[-1] - took) < 0.4  # the two evaluations of 0.4 s are in neither
-
-
 @pytest.mark.parametrize("window", [0, 1])
 def test_the_first_actor_with_new_weights_does_not_take_the_whole_step(window: int) -> None:
     world = World("run.batch_size=24", actors=3, window=window)  # 12 groups a step

@@ -277,3 +277,31 @@ async def test_a_rule_that_cannot_judge_says_so_once(tmp_path: Path, monkeypatch
     said = [line for line in (tmp_path / "events.log").read_text().splitlines() if "could not judge" in line]
     assert len(said) == 1
     assert "no ensemble" in said[0]
+
+
+@synchronous
+async def test_a_resume_takes_an_evaluation_that_ended_from_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of step 5 was saved before the evaluation of its weights ended, as training goes on."""
+    story = Story(tmp_path, monkeypatch)
+    held, monitor = story.start()
+    with monitor:
+        await held.measure_before(0)
+        at_checkpoint = json.loads(json.dumps(held.state()))
+        await held.measure_during(5, 12.5)
+        after_five = held.state()
+        await held.measure_during(10, 20.0)
+    again, monitor = story.start(at_checkpoint)
+    again.resume(5)
+    with monitor:
+        outcome = await again.measure_during(5, 12.5)
+        assert outcome.is_best
+        assert again.state() == json.loads(json.dumps(after_five))
+        await again.measure_during(10, 21.0)
+    assert story.asked == [0, 5, 10, 10]  # step 10 is taken anew, and so is its evaluation
+    found = rows(tmp_path / "metrics.jsonl")
+    assert [(row["learner_step"], row.get("time/training_s")) for row in found] == [
+        *((0, None), (5, 12.5), (10, 21.0))
+    ]
+    assert Evaluation.load(tmp_path / "evaluations" / "step_000010.json") == story.values[10]

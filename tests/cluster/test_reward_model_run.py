@@ -97,18 +97,22 @@ def test_a_rule_stops_a_run_which_keeps_its_best_and_can_go_on(tmp_path: Path) -
     stopped = summary["steps"]
     assert summary["status"] == "completed"
     assert summary["stop_rule"] == "kl_budget"
-    assert 1 <= stopped < 4
+    assert 1 <= stopped <= 4
     assert "above the budget" in summary["stop_reason"]
     assert summary["reward_models"]["judge"]["role"] == "evaluate"
     assert summary["heldout_final"].keys() == {"judge", "gold"}
     assert 0 <= summary["scoring_exposed_fraction"] < 1
     metrics = rows(run / "metrics.jsonl")
-    assert [row["learner_step"] for row in metrics] == list(range(stopped + 1))
-    for row in metrics:
+    # Each evaluation beside training has a row of its own; the last one comes after the step it stopped in.
+    measured = [row for row in metrics if "heldout/judge" in row]
+    assert [row["learner_step"] for row in measured] == list(range(stopped + 1))
+    trained = [row for row in metrics if "reward/proxy" in row]
+    assert [row["learner_step"] for row in trained] == list(range(1, stopped + 1))
+    for row in measured:
         assert row["monitor/unknown_metrics"] == 0
-        assert row.keys() >= {"heldout/judge", "heldout/gold", "overoptimisation/gap"}
+        assert row.keys() >= {"heldout/gold", "overoptimisation/gap"}
         assert row["overoptimisation/disagreement"] > 0
-    for row in metrics[1:]:
+    for row in trained:
         assert "reward/judge" not in row  # training groups were not judged
         assert "reward/proxy/std" in row
         assert "perf/scoring_exposed_fraction" in row
@@ -117,9 +121,9 @@ def test_a_rule_stops_a_run_which_keeps_its_best_and_can_go_on(tmp_path: Path) -
     kept = {path.name for path in (run / "checkpoints").glob("step_*")}
     assert kept == {best["folder"], f"step_{stopped:06d}"}
     decisions = [row for row in rows(run / "decisions.jsonl") if row["setting"] == "stop"]
-    assert [(row["rule"], row["learner_step"]) for row in decisions if row["action"] == "stop"] == [
-        ("kl_budget", stopped)
-    ]
+    verdict = next(row["learner_step"] for row in decisions if row["action"] == "stop")
+    assert stopped - 1 <= verdict <= stopped  # training may have gone on for a step beside the evaluation
+    assert {row["rule"] for row in decisions if row["action"] == "stop"} == {"kl_budget"}
     page = (run / "report.html").read_text()
     assert 'id="overoptimisation"' in page
     assert "kl budget stopped the run" in page
@@ -129,7 +133,7 @@ def test_a_rule_stops_a_run_which_keeps_its_best_and_can_go_on(tmp_path: Path) -
     assert output.startswith("0\n"), output
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["stop_rule"]) == ("completed", 5, None)
-    assert [one["rule"] for one in summary["verdicts"]] == ["kl_budget"]  # remembered
+    assert {one["rule"] for one in summary["verdicts"]} == {"kl_budget"}  # remembered
     state = json.loads((run / "checkpoints" / "step_000005" / "state.json").read_text())
     assert state["overoptimisation"]["last_step"] == 4
     save_reward_model(tmp_path / "proxy", alphabet=ALPHABET, seed=8, members=2, prompts=["a"])

@@ -155,7 +155,8 @@ def test_a_run_with_a_slow_learner_keeps_its_bound_and_leaves_what_it_promises(
 ) -> None:
     # Three passes in two minibatches make the learner slower than rollout, so the queue fills to the window.
     slow = ("--set", "ppo.epochs=3", "--set", "ppo.minibatches=2", "--set", "run.evaluate_every=2")
-    run = start(SMALL, "--set", "scheduler.window=2", *slow)
+    judged = ("--set", "run.evaluate_samples=2", "--set", "run.pass_threshold=1")
+    run = start(SMALL, "--set", "scheduler.window=2", *slow, *judged)
     output = run.finish()
     assert run.process.returncode == 0, output
     summary = run.json("summary.json")
@@ -166,15 +167,25 @@ def test_a_run_with_a_slow_learner_keeps_its_bound_and_leaves_what_it_promises(
     assert summary["groups_trained"] == summary["groups_dispatched"] == 4 * 32 // 4
     assert summary["sync_probe_max_abs_diff"] < 1e-3
     assert summary["padding_fraction"] < 0.05
-    assert run.steps == [0, 1, 2, 3, 4]
-    for row in run.rows()[1:]:
+    trained = [row for row in run.rows() if "lag/max" in row]
+    assert [row["learner_step"] for row in trained] == [1, 2, 3, 4]
+    for row in trained:
         assert row["lag/max"] <= 2
         assert row["ppo/first_ratio_deviation"] < 1e-4
         assert row["monitor/unknown_metrics"] == 0
         assert row["lag/in_flight_mean"] + row["lag/in_queue_mean"] == pytest.approx(row["lag/mean"])
         assert sum(row.get(f"mismatch/tokens_by_lag/{lag}", 0) for lag in range(3)) > 0
-    assert run.rows()[1]["mismatch/kl_by_lag/0"] < 1e-6  # both engines still had the very same weights
-    assert [row["learner_step"] for row in run.rows() if row.get("heldout/reward") is not None] == [0, 2, 4]
+    assert trained[0]["mismatch/kl_by_lag/0"] < 1e-6  # both engines still had the very same weights
+    measured = [row for row in run.rows() if row.get("heldout/reward") is not None]
+    assert [row["learner_step"] for row in measured] == [0, 2, 4]  # that of step 2 after later steps, maybe
+    for row in measured:
+        assert 0 <= row["heldout/pass_at/1"] <= row["heldout/pass_at/2"] <= 1
+        assert row["monitor/unknown_metrics"] == 0
+    assert summary["pass_at"]["final"]["2"] == measured[-1]["heldout/pass_at/2"]
+    assert json.loads((run.run_dir / "evaluations" / "step_000002.json").read_text())["version"] == 2
+    assert {path.name for path in (run.run_dir / "checkpoints").glob("step_*")} >= {"step_000004"}
+    best = run.json("checkpoints/best.json")
+    assert (run.run_dir / "checkpoints" / best["folder"] / "policy").is_dir()
     times = run.rows("rollouts.jsonl")
     assert sorted(row["group"] for row in times if "group" in row) == list(range(4 * 32 // 4))
     assert [row["learner_step"] for row in times if "group" not in row] == [1, 2, 3, 4]

@@ -41,6 +41,8 @@ class Walk:
     done: dict[int, Running] = field(default_factory=dict)
     actors: list[str] = field(default_factory=list)
     published: int = 0
+    heldout: list[str] = field(default_factory=list)  # actors with a held-out prompt, one slot each
+    evaluated: int | None = None  # the version that is being evaluated
     joined: int = 0
     transitions: int = 0
     largest_lag: int = 0
@@ -85,6 +87,7 @@ class Walk:
         self.dispatcher.remove(name)
         for group in [g for g, one in self.running.items() if one.actor == name]:
             self.lost[group] = self.running.pop(group)
+        self.heldout = [one for one in self.heldout if one != name]  # these are asked again of another
         self.join()
 
     def redispatch(self) -> None:
@@ -112,8 +115,31 @@ class Walk:
         return True
 
     def publish_if_due(self) -> None:
-        if self.scheduler.publish_due(self.published, self.every):
+        """While an evaluation goes on only the bound makes weights due, and they wait for its end."""
+        every = 10**9 if self.evaluated is not None else self.every
+        if self.scheduler.publish_due(self.published, every):
+            while self.evaluated is not None:
+                self.heldout_back()
             self.published = self.scheduler.step
+
+    def evaluate(self) -> None:
+        """Held-out prompts take free slots, once every actor has the newest weights that are out."""
+        if self.evaluated is None:
+            self.evaluated = self.published
+            for name in self.actors:
+                self.dispatcher.set_version(name, self.published)
+        for slot in self.dispatcher.best_of_each_version():
+            self.dispatcher.begin(slot.name)
+            self.heldout.append(slot.name)
+
+    def heldout_back(self) -> None:
+        """A held-out prompt comes back, sampled with the weights that are evaluated; the last one ends it."""
+        if self.heldout:
+            name = self.heldout.pop(self.rng.randrange(len(self.heldout)))
+            assert self.dispatcher[name].version == self.evaluated
+            self.dispatcher.end(name)
+        if not self.heldout:
+            self.evaluated = None
 
     def load(self) -> None:
         self.dispatcher.set_version(self.rng.choice(self.actors), self.published)
@@ -135,6 +161,8 @@ class Walk:
             self.drop,
             self.lose_actor,
             self.retune,
+            self.evaluate,
+            self.heldout_back,
         )
         self.rng.choices(moves, weights)[0]()
         self.transitions += 1
@@ -152,6 +180,7 @@ class Walk:
             while self.dispatch() is None:
                 pass
             self.complete()
+            self.heldout_back()
             self.train()
             self.scheduler.check()
         raise AssertionError(f"stuck at step {self.scheduler.step}: {self.scheduler.queued} groups ready")
@@ -167,10 +196,11 @@ def test_no_token_passes_its_window_and_nothing_gets_stuck() -> None:
         window=st.integers(0, 6),
         actors=st.integers(1, 6),
         slots=st.integers(1, 9),
-        # dispatch, complete, train, load, then the rare ones: redispatch, drop, lose an actor, retune
-        weights=st.tuples(*[st.integers(1, 20)] * 4, *[st.integers(0, 3)] * 4),
+        # dispatch, complete, train, load, then the rare ones: redispatch, drop, lose an actor, retune,
+        # evaluate; and held-out prompts that come back
+        weights=st.tuples(*[st.integers(1, 20)] * 4, *[st.integers(0, 3)] * 5, st.integers(0, 9)),
     )
-    @example(seed=1, groups=3, window=4, actors=3, slots=9, weights=(20, 15, 10, 5, 1, 0, 0, 0))
+    @example(seed=1, groups=3, window=4, actors=3, slots=9, weights=(20, 15, 10, 5, 1, 0, 0, 0, 1, 4))
     def walk(  # noqa: PLR0917 - hypothesis passes them by name
         seed: int, groups: int, window: int, actors: int, slots: int, weights: tuple[int, ...]
     ) -> None:

@@ -113,6 +113,7 @@ def make_job(path: str, **changes: Any) -> LearnerJob:
         seed=changes.get("seed", 0),
         total_updates=changes.get("total_updates", 100),
         max_length=64,
+        max_new_tokens=changes.get("max_new_tokens", 0),
     )
 
 

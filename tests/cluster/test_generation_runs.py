@@ -1,0 +1,132 @@
+"""`headrace generate` and `headrace evaluate` as they are used, with Ray and vLLM."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.cli import main
+from cluster.scratch import build_scratch_model
+from learner.settings import ScratchSettings
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+torch.set_num_threads(1)
+ALPHABET = "abcdefghij="
+PROMPTS = ["ab=", "cde=", "fghij=", "a="]
+SMALL = ["--max-new-tokens", "10", "--set", "rollout.kv_cache_gib=0.05", "--set", "rollout.max_num_seqs=64"]
+TOP_K, WEIGHT = 6, 40.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A step of a run: the policy, and a value head on it."""
+    from safetensors.torch import save_file
+
+    step = tmp_path_factory.mktemp("run") / "checkpoints" / "step_000001"
+    settings = ScratchSettings(hidden_size=64, layers=2, heads=2, max_length=32)
+    build_scratch_model(settings, ALPHABET, step / "policy", seed=0)
+    generator = torch.Generator().manual_seed(0)
+    head = {"weight": torch.randn((1, 64), generator=generator), "bias": torch.tensor([0.5])}
+    save_file(head, step / "value_head.safetensors")
+    (step / "learner.json").write_text("{}")
+    (step.parent / "latest.json").write_text(json.dumps({"step": 1, "folder": step.name}))
+    return step
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": one, "id": one}) + "\n" for one in PROMPTS))
+    (tmp_path / "mine.py").write_text(
+        "def distinct(prompt, completion, row):\n    return len(set(completion))\n\n\n"
+        "def short(prompt, completion, row):\n    return -len(completion)\n"
+    )
+    return path
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_best_of_n_writes_the_best_and_says_what_it_chose_from(
+    checkpoint: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "best.jsonl"
+    arguments = ["--policy", checkpoint.parents[1], "--prompts", prompts, "--out", out]
+    chosen = ["--strategy", "best-of-n", "--n", 6, "--samples", 2, "--reward", f"{tmp_path}/mine.py:distinct"]
+    assert main(["generate", *map(str, arguments + chosen), *SMALL]) == 0
+    found = rows(out)
+    assert [row["prompt"] for row in found] == [one for one in PROMPTS for _ in range(2)]
+    for row in found:
+        assert row["id"] == row["prompt"]
+        assert row["score"] == len(set(row["completion"])) == max(row["candidate_scores"])
+        assert len(row["candidate_scores"]) == 6
+        assert row["tokens"] <= 10
+        assert row["policy"].startswith("policy@")
+    assert not list(tmp_path.glob("*.partial.jsonl"))
+
+
+def test_value_guided_decoding_takes_what_the_critic_likes(
+    checkpoint: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Without a temperature each token is the argmax over the top k of logit + w·V(prefix∘token)."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "guided.jsonl"
+    arguments = ["--policy", checkpoint, "--prompts", prompts, "--out", out, "--temperature", 0]
+    chosen = ["--strategy", "value-guided", "--top-k", TOP_K, "--guidance-weight", WEIGHT]
+    assert main(["generate", *map(str, arguments + chosen), *SMALL]) == 0
+    model = AutoModelForCausalLM.from_pretrained(checkpoint / "policy").eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "policy")
+    head = load_file(checkpoint / "value_head.safetensors")
+
+    @torch.no_grad()
+    def look(ids: list[int]) -> tuple[torch.Tensor, float]:
+        """The next token's logits, and the value of the prefix."""
+        output = model(torch.tensor([ids]), output_hidden_states=True)
+        return output.logits[0, -1], float(output.hidden_states[-1][0, -1] @ head["weight"][0] + head["bias"])
+
+    plainer = 0
+    for row in rows(out):
+        prompt, response = tokenizer(row["prompt"])["input_ids"], []
+        while len(response) < 10 and (not response or response[-1] != tokenizer.eos_token_id):
+            logits, here = look(prompt + response)
+            candidates = logits.topk(TOP_K).indices.tolist()
+            ahead = [
+                here if one == tokenizer.eos_token_id else look([*prompt, *response, one])[1]
+                for one in candidates
+            ]
+            totals = [
+                float(logits[one]) + WEIGHT * value for one, value in zip(candidates, ahead, strict=True)
+            ]
+            response.append(candidates[int(np.argmax(totals))])
+            plainer += response[-1] != candidates[0]
+        assert row["completion"] == tokenizer.decode(response, skip_special_tokens=True)
+        assert row["tokens"] == len(response)
+    assert plainer > 5, "the critic must have changed something"
+
+
+def test_an_evaluation_writes_tables_samples_and_a_picture(
+    checkpoint: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "evaluation"
+    arguments = ["--policy", checkpoint / "policy", "--prompts", prompts, "--out", out, "--samples", 8]
+    judged = ["--reward", f"{tmp_path}/mine.py:distinct", "--gold", f"{tmp_path}/mine.py:short"]
+    assert main(["evaluate", *map(str, arguments + judged), "--pass-threshold", "5", *SMALL]) == 0
+    found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    pool = rows(out / "samples.jsonl")
+    assert [row["prompt"] for row in pool] == PROMPTS
+    rewards = np.array([row["rewards"] for row in pool])
+    assert rewards.tolist() == [[len(set(text)) for text in row["responses"]] for row in pool]
+    assert found["reward"]["mean"] == pytest.approx(rewards.mean())
+    assert found["components"]["gold"]["mean"] == pytest.approx(
+        -np.mean([len(text) for row in pool for text in row["responses"]])
+    )
+    curve = {row["n"]: row for row in found["best_of_n"]}
+    assert curve[8]["reward"]["mean"] == pytest.approx(rewards.max(axis=1).mean())
+    assert found["pass_at_k"]["rows"][0]["mean"] == pytest.approx((rewards >= 5).mean())
+    assert (out / "best_of_n.png").stat().st_size > 10_000
