@@ -275,12 +275,16 @@ class PPO:
         return 0.0, sums
 
     def _dummy(self, *, last: bool) -> None:
-        """A pass that changes no gradient, to keep this rank's collectives in step with the others'."""
+        """A pass that changes no gradient, to keep this rank's collectives in step with the others'.
+
+        It goes back through the same outputs as a real one: ZeRO-3 notes each, and ranks that note different
+        ones wait for each other for ever.
+        """
         batch = self.policy.dummy_micro_batch()
-        logprobs, _, values = self.policy.forward(batch)
+        logprobs, entropies, values = self.policy.forward(batch)
         if self.critic is not None:
             self.critic.backward(0.0 * self.critic.forward(batch).sum(), last=last)
-        self.policy.backward(0.0 * (logprobs.sum() + values.sum()), last=last)
+        self.policy.backward(0.0 * (logprobs.sum() + entropies.sum() + values.sum()), last=last)
 
     def _counts(self, lengths: Sequence[int]) -> Counts:
         """Of a minibatch whose responses, over all ranks, have these lengths."""

@@ -76,10 +76,9 @@ def _pass_at_k(prompts: Sequence[PromptSamples], N: int, threshold: float | None
         if not all(np.isin(one.rewards, (0.0, 1.0)).all() for one in prompts):
             return None
         threshold = 1.0
-    limit = threshold
-    rows = [
-        {"k": k} | _over(prompts, lambda one, k=k: pass_at_k(one.rewards >= limit, k))  # type: ignore[misc]
-        for k in _powers_of_two(N)
+    passed = [one.rewards >= threshold for one in prompts]
+    rows: list[dict[str, Any]] = [
+        {"k": k, **estimate([pass_at_k(one, k) for one in passed])} for k in _powers_of_two(N)
     ]
     return {"threshold": threshold, "rows": rows}
 

@@ -135,7 +135,8 @@ def read_settings(options: argparse.Namespace, group_size: int) -> tuple[JobConf
     _name_apart(tables["reward"])
     for override in options.overrides:
         apply_override(tables, override)
-    judging = {name: tables.pop(name) for name in ("reward", "task", "scoring") if name in tables}
+    names = ("reward", "task", "scoring")
+    judging: dict[str, Any] = {name: tables.pop(name) for name in names if name in tables}
     judges = validated(Judges, judging, source)
     if judges.reward and not judges.trained:
         raise ValueError(
