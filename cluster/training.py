@@ -1,10 +1,8 @@
 """A training run on live actors: start, warm up, first sync, evaluate, train, evaluate, save."""
 
 import asyncio
-import contextlib
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,6 +29,7 @@ from cluster.run_folder import CONFIG
 from cluster.sampling import Sampling
 from cluster.scheduler import Scheduler
 from cluster.scoring_pool import ScoringPool
+from cluster.services import serving
 from cluster.stopping import stop_signals
 from cluster.summary import run_summary
 from rewards.model_reward import model_facts, refuse_other_versions
@@ -107,7 +106,7 @@ class TrainingRun:
                 if config.monitor.hosts_every_s:
                     self._hosts = HostWatch(config.monitor.hosts_every_s, crew.everyone, monitor.event)
                     services.append(self._hosts.run())
-                async with _serving(*services):
+                async with serving(*services):
                     await controller.load_everywhere(await learner.publish(controller.step))
                     beside = None if config.run.evaluate_pauses else controller.pump
                     self._heldout.attach(monitor, rollouts, scoring, beside)
@@ -389,13 +388,3 @@ class TrainingRun:
             return
         self._monitor.event("stopping after this step, with a checkpoint; once more to stop at once")
         controller.request_stop()
-
-
-@contextlib.asynccontextmanager
-async def _serving(*services: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run services beside a block of code; the failure of one ends the block."""
-    async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(service) for service in services]
-        yield
-        for service in running:
-            service.cancel()
