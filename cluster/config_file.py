@@ -76,8 +76,8 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "con
     objective = tables.get("objective")
     if objective in OBJECTIVES and OBJECTIVES[objective] is not JobConfig:
         raise ConfigError(
-            f'{source}: objective = "{objective}" has no rollouts, which this command is about; give a job '
-            'with objective = "ppo", or train this one with headrace train'
+            f'{source}: objective = "{objective}" has no rollouts beside training, which this command is '
+            'about; give a job with objective = "ppo", or train this one with headrace train'
         )
     return validated(JobConfig, tables, source)
 
