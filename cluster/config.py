@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 from actors.settings import RolloutSettings, ScoringSettings, SyncSettings
 from cluster.data_settings import DataSettings
 from cluster.monitor_settings import MonitorSettings
-from cluster.objective_rules import Rule, objective_rules
+from cluster.objective_rules import objective_rules
 from cluster.preference_job.online import online_dpo_rules
+from cluster.rules import Rule, enforce, learner_rules, model_rules
 from cluster.scheduler import SchedulerSettings
-from cluster.scratch import check_shape
 from learner.preference_settings import OnlineDPOSettings
 from learner.presets import with_preset
 from learner.settings import (
@@ -131,7 +131,7 @@ class JobConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for rule in (
+        rules = (
             *self._batch_rules(),
             *self._model_rules(),
             *self._data_rules(),
@@ -142,11 +142,8 @@ class JobConfig(Settings):
             *self._stop_rules(),
             *self._sampling_rules(),
             *self._discriminator_rules(),
-        ):
-            if rule.broken:
-                raise ContradictionError(rule.field, rule.value, rule.remedy)
-        if self.model.scratch is not None:
-            check_shape(self.model.scratch)
+        )
+        enforce(rules, self.model)
         check_rewards(self.reward, self.task)
         return self
 
@@ -178,12 +175,7 @@ class JobConfig(Settings):
                 self.ppo.minibatches,
                 f"gives a minibatch fewer samples than learner.ranks = {self.learner.ranks}; lower it",
             ),
-            Rule(
-                self.learner.cpu_offload and self.learner.zero_stage < 2,
-                "learner.cpu_offload",
-                True,
-                f"needs learner.zero_stage 2 or 3, not {self.learner.zero_stage}",
-            ),
+            *learner_rules(self.learner),
             Rule(
                 self.scheduler.publish_every > self.scheduler.largest_window + 1,
                 "scheduler.publish_every",
@@ -203,24 +195,7 @@ class JobConfig(Settings):
         scratch, model = self.model.scratch, self.model
         limit = model.max_length or (scratch.max_length if scratch else None)
         return [
-            Rule(
-                bool(model.path) == (scratch is not None),
-                "model.path",
-                model.path,
-                "give exactly one of model.path (a folder or hub name) and the table [model.scratch]",
-            ),
-            Rule(
-                model.revision is not None and scratch is not None,
-                "model.revision",
-                model.revision,
-                "is given, but [model.scratch] downloads nothing; leave it out",
-            ),
-            Rule(
-                scratch is not None and (model.max_length or 0) > scratch.max_length,
-                "model.max_length",
-                model.max_length,
-                "is beyond model.scratch.max_length; lower it or leave it out",
-            ),
+            *model_rules(model),
             Rule(
                 limit is not None and self.rollout.max_new_tokens >= limit,
                 "rollout.max_new_tokens",
@@ -387,11 +362,3 @@ _CORRECTION_LIMITS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("damp_ess_target", "damp_lr_by_ess", ("sequence", "token")),
 )
 """Limits in `[correction]`, the setting that each belongs to, and the values of it that use the limit."""
-
-
-class ContradictionError(ValueError):
-    """Two settings that cannot both hold; carries the field's full name and its value."""
-
-    def __init__(self, field: str, value: object, remedy: str) -> None:
-        super().__init__(f"{field} = {value!r} {remedy}")
-        self.field = field

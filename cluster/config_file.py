@@ -11,10 +11,11 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from cluster.config import ContradictionError, JobConfig
+from cluster.config import JobConfig
 from cluster.iterated_job.config import RejectionJobConfig, SpinJobConfig
 from cluster.preference_job.config import METHODS, PreferenceJobConfig
 from cluster.reward_job.config import RewardJobConfig
+from cluster.rules import ContradictionError
 from cluster.supervised_job.config import SupervisedJobConfig
 from learner.presets import PRESETS
 from rewards.settings import Settings

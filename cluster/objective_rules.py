@@ -1,20 +1,9 @@
 """Rules over the settings of the policy-gradient family, and what of them is worth a warning."""
 
-from typing import NamedTuple
-
 from actors.settings import RolloutSettings
+from cluster.rules import Rule
 from learner.kl import gradient_caveat
 from learner.settings import CorrectionSettings, OptimizerSettings, PPOSettings
-
-
-class Rule(NamedTuple):
-    """One rule over several settings: where it is broken, what to say of which field."""
-
-    broken: bool
-    field: str
-    value: object
-    remedy: str
-
 
 _USES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("gamma", "advantage", ("gae", "reward_to_go")),

@@ -10,9 +10,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from actors.settings import RolloutSettings, ScoringSettings, SyncSettings
-from cluster.config import ClusterSettings, ContradictionError, JobConfig
+from cluster.config import ClusterSettings, JobConfig
 from cluster.data_settings import DataSettings
 from cluster.monitor_settings import MonitorSettings
+from cluster.rules import Rule, enforce
 from learner.settings import LearnerSettings, ModelSettings, OptimizerSettings, WarmupSettings
 from rewards.discriminator_settings import trains_discriminator
 from rewards.settings import RewardSettings, Settings, TaskSettings
@@ -93,7 +94,7 @@ class IteratedJobConfig(Settings):
         """The `[[reward]]` tables."""
 
     @abstractmethod
-    def rules(self) -> list[tuple[bool, str, object, str]]:
+    def rules(self) -> list[Rule]:
         """What else must not be: where it is broken, the field, its value, and the remedy."""
 
     def policy_job(self) -> JobConfig:
@@ -126,34 +127,32 @@ class IteratedJobConfig(Settings):
     def _consistent(self) -> Self:
         run, ranks = self.run, self.learner.ranks
         common = [
-            (
+            Rule(
                 run.batch_size < ranks,
                 "run.batch_size",
                 run.batch_size,
                 f"is below learner.ranks = {ranks}; raise it",
             ),
-            (
+            Rule(
                 bool(self.model.critic),
                 "model.critic",
                 self.model.critic,
                 "has no part here: nothing learns a value; leave it out",
             ),
-            (
+            Rule(
                 self.rollout.dynamic_sampling,
                 "rollout.dynamic_sampling",
                 True,
                 "has no part here: an iteration samples each of its prompts once; leave it out",
             ),
-            (
+            Rule(
                 trains_discriminator(self.rewards()),
                 "reward.kind",
                 "discriminator",
                 'needs a learner that trains it beside the policy, as in objective = "ppo"; choose another',
             ),
         ]
-        for broken, field, value, remedy in [*common, *self.rules()]:
-            if broken:
-                raise ContradictionError(field, value, remedy)
+        enforce((*common, *self.rules()), self.model)
         try:
             self.policy_job()
         except ValidationError as error:
@@ -175,17 +174,17 @@ class SpinJobConfig(IteratedJobConfig):
         """They score held-out samples."""
         return self.reward
 
-    def rules(self) -> list[tuple[bool, str, object, str]]:
+    def rules(self) -> list[Rule]:
         """Demonstrations there must be."""
         task = self.task
         return [
-            (
+            Rule(
                 task is not None and task.demonstrations < 2,
                 "task.demonstrations",
                 task.demonstrations if task else 0,
                 "leaves nothing to imitate; raise it to 2 or more",
             ),
-            (
+            Rule(
                 bool(self.warmup.data),
                 "warmup.data",
                 self.warmup.data,
@@ -210,17 +209,17 @@ class RejectionJobConfig(IteratedJobConfig):
         """They choose."""
         return self.reward
 
-    def rules(self) -> list[tuple[bool, str, object, str]]:
+    def rules(self) -> list[Rule]:
         """There must be something to choose from."""
         group, keep = self.rollout.group_size, self.rejection.keep
         return [
-            (
+            Rule(
                 group < 2,
                 "rollout.group_size",
                 group,
                 "leaves nothing to choose from; set it to 2 or more",
             ),
-            (
+            Rule(
                 keep >= group,
                 "rejection.keep",
                 keep,

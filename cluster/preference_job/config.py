@@ -4,10 +4,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cluster.config import ClusterSettings, ContradictionError
+from cluster.config import ClusterSettings
 from cluster.monitor_settings import MonitorSettings
 from cluster.preferences.settings import PreferenceSettings
-from cluster.scratch import check_shape
+from cluster.rules import Rule, enforce, learner_rules, model_rules
 from learner.preference_settings import (
     DPOSettings,
     ImitationSettings,
@@ -92,16 +92,12 @@ class PreferenceJobConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for broken, field, value, remedy in (*self._method_rules(), *self._model_rules()):
-            if broken:
-                raise ContradictionError(field, value, remedy)
-        if self.model.scratch is not None:
-            check_shape(self.model.scratch)
+        enforce((*self._method_rules(), *self._model_rules()), self.model)
         return self
 
-    def _method_rules(self) -> list[tuple[bool, str, object, str]]:
+    def _method_rules(self) -> list[Rule]:
         others = [
-            (
+            Rule(
                 name != self.objective and getattr(self, name) is not None,
                 name,
                 "a table",
@@ -112,19 +108,19 @@ class PreferenceJobConfig(Settings):
         text, data = self.text, self.preferences
         return [
             *others,
-            (
+            Rule(
                 bool(text.system_prompt) and text.apply_chat_template == "never",
                 "text.system_prompt",
                 text.system_prompt,
                 'needs a chat template, but text.apply_chat_template = "never"; set "auto" or "always"',
             ),
-            (
+            Rule(
                 self.kto is not None and not self.kto.desirable_weight + self.kto.undesirable_weight,
                 "kto.desirable_weight",
                 0.0,
                 "and kto.undesirable_weight = 0.0 leave nothing to learn; raise one of them",
             ),
-            (
+            Rule(
                 bool(data.chosen_score_column) and not (self.dpo is not None and self.dpo.margin),
                 "preferences.chosen_score_column",
                 data.chosen_score_column,
@@ -132,49 +128,27 @@ class PreferenceJobConfig(Settings):
             ),
         ]
 
-    def _model_rules(self) -> list[tuple[bool, str, object, str]]:
-        model, scratch, learner = self.model, self.model.scratch, self.learner
+    def _model_rules(self) -> list[Rule]:
+        model, scratch = self.model, self.model.scratch
         return [
-            (
-                bool(model.path) == (scratch is not None),
-                "model.path",
-                model.path,
-                "give exactly one of model.path (a folder or hub name) and the table [model.scratch]",
-            ),
-            (
-                model.revision is not None and scratch is not None,
-                "model.revision",
-                model.revision,
-                "is given, but [model.scratch] downloads nothing; leave it out",
-            ),
-            (
-                scratch is not None and (model.max_length or 0) > scratch.max_length,
-                "model.max_length",
-                model.max_length,
-                "is beyond model.scratch.max_length; lower it or leave it out",
-            ),
-            (
+            *model_rules(model),
+            Rule(
                 bool(model.critic),
                 "model.critic",
                 model.critic,
                 f'has no part in objective = "{self.objective}"; leave it out',
             ),
-            (
+            Rule(
                 bool(model.reference) and self.simpo is not None,
                 "model.reference",
                 model.reference,
                 'has no part in objective = "simpo", which knows no reference; leave it out',
             ),
-            (
+            Rule(
                 bool(model.reference) and scratch is not None,
                 "model.reference",
                 model.reference,
                 "cannot have the vocabulary of [model.scratch], which is made from the data; leave it out",
             ),
-            (
-                learner.cpu_offload and learner.zero_stage < 2,
-                "learner.cpu_offload",
-                True,
-                f"needs learner.zero_stage 2 or 3, not {learner.zero_stage}",
-            ),
+            *learner_rules(self.learner),
         ]

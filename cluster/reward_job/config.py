@@ -8,10 +8,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from cluster.config import ClusterSettings, ContradictionError
+from cluster.config import ClusterSettings
 from cluster.monitor_settings import MonitorSettings
 from cluster.preferences.settings import PreferenceSettings
-from cluster.scratch import check_shape
+from cluster.rules import Rule, enforce, learner_rules, model_rules
 from learner.reward_settings import BackboneSettings
 from learner.settings import LearnerSettings, OptimizerSettings
 from rewards.models.settings import RewardModelSettings
@@ -80,57 +80,22 @@ class RewardJobConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for broken, field, value, remedy in (
-            *self._model_rules(),
-            *self._learner_rules(),
-            *self._evaluation_rules(),
-        ):
-            if broken:
-                raise ContradictionError(field, value, remedy)
-        if self.model.scratch is not None:
-            check_shape(self.model.scratch)
+        rules = (*model_rules(self.model), *self._learner_rules(), *self._evaluation_rules())
+        enforce(rules, self.model)
         return self
 
-    def _model_rules(self) -> list[tuple[bool, str, object, str]]:
-        model, scratch = self.model, self.model.scratch
-        return [
-            (
-                bool(model.path) == (scratch is not None),
-                "model.path",
-                model.path,
-                "give exactly one of model.path (a folder or hub name) and the table [model.scratch]",
-            ),
-            (
-                model.revision is not None and scratch is not None,
-                "model.revision",
-                model.revision,
-                "is given, but [model.scratch] downloads nothing; leave it out",
-            ),
-            (
-                scratch is not None and (model.max_length or 0) > scratch.max_length,
-                "model.max_length",
-                model.max_length,
-                "is beyond model.scratch.max_length; lower it or leave it out",
-            ),
-        ]
-
-    def _learner_rules(self) -> list[tuple[bool, str, object, str]]:
+    def _learner_rules(self) -> list[Rule]:
         learner, embedding = self.learner, self.reward_model.kind == "embedding"
         return [
-            (
-                learner.cpu_offload and learner.zero_stage < 2,
-                "learner.cpu_offload",
-                True,
-                f"needs learner.zero_stage 2 or 3, not {learner.zero_stage}",
-            ),
-            (
+            *learner_rules(learner),
+            Rule(
                 embedding and learner.zero_stage > 0,
                 "learner.zero_stage",
                 learner.zero_stage,
                 'splits a model that does not need it: with reward_model.kind = "embedding" only a small '
                 "network is trained; set it to 0",
             ),
-            (
+            Rule(
                 embedding and learner.gradient_checkpointing,
                 "learner.gradient_checkpointing",
                 True,
@@ -138,11 +103,11 @@ class RewardJobConfig(Settings):
             ),
         ]
 
-    def _evaluation_rules(self) -> list[tuple[bool, str, object, str]]:
+    def _evaluation_rules(self) -> list[Rule]:
         names = [one.name for one in self.evaluate]
         gold = self.evaluation
         return [
-            (
+            Rule(
                 len(gold.columns) == 1,
                 "evaluation.rejected_gold_column"
                 if gold.chosen_gold_column
@@ -150,7 +115,7 @@ class RewardJobConfig(Settings):
                 "",
                 "is missing: true rewards are needed of both responses, or of neither",
             ),
-            (
+            Rule(
                 len(set(names)) < len(names) or bool({"train", "heldout"} & set(names)),
                 "evaluate.name",
                 names,

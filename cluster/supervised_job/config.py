@@ -4,10 +4,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from cluster.config import ClusterSettings, ContradictionError
+from cluster.config import ClusterSettings
 from cluster.data_settings import DataSettings
 from cluster.monitor_settings import MonitorSettings
-from cluster.scratch import check_shape
+from cluster.rules import Rule, enforce, learner_rules, model_rules
 from learner.settings import LearnerSettings, ModelSettings, OptimizerSettings, WarmupSettings
 from rewards.settings import Settings, TaskSettings
 
@@ -71,48 +71,34 @@ class SupervisedJobConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        model, scratch, task = self.model, self.model.scratch, self.task
-        rules: list[tuple[bool, str, object, str]] = [
-            (
+        model, task = self.model, self.task
+        rules: list[Rule] = [
+            Rule(
                 (task is None) == (self.data is None),
                 "data",
                 None if self.data is None else self.data.train,
                 "give exactly one of [data] (your demonstrations) and [task] (generated ones)",
             ),
-            (
+            Rule(
                 task is not None and task.demonstrations < 2,
                 "task.demonstrations",
                 task.demonstrations if task else 0,
                 "leaves nothing to imitate; raise it to 2 or more",
             ),
-            (
-                bool(model.path) == (scratch is not None),
-                "model.path",
-                model.path,
-                "give exactly one of model.path (a folder or hub name) and the table [model.scratch]",
-            ),
-            (
+            *model_rules(model),
+            Rule(
                 bool(model.reference or model.critic),
                 "model.reference" if model.reference else "model.critic",
                 model.reference or model.critic,
                 'has no part in objective = "supervised"; leave it out',
             ),
-            (
-                self.learner.cpu_offload and self.learner.zero_stage < 2,
-                "learner.cpu_offload",
-                True,
-                f"needs learner.zero_stage 2 or 3, not {self.learner.zero_stage}",
-            ),
-            (
+            *learner_rules(self.learner),
+            Rule(
                 self.run.batch_size < self.learner.ranks,
                 "run.batch_size",
                 self.run.batch_size,
                 f"is below learner.ranks = {self.learner.ranks}; raise it",
             ),
         ]
-        for broken, field, value, remedy in rules:
-            if broken:
-                raise ContradictionError(field, value, remedy)
-        if scratch is not None:
-            check_shape(scratch)
+        enforce(rules, model)
         return self
