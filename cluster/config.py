@@ -124,6 +124,11 @@ class JobConfig(Settings):
         """Optimizer updates of the whole run."""
         return self.run.steps * self.ppo.epochs * self.ppo.minibatches
 
+    @property
+    def trained_models(self) -> int:
+        """Models of the policy's size that the learner trains: the policy, a critic, a discriminator."""
+        return 1 + (self.ppo.value_model == "critic") + trains_discriminator(self.reward)
+
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, tables: Any) -> Any:

@@ -96,9 +96,8 @@ def _checkpoint(config: JobConfig, parameters: float) -> float | None:
     """Weights in the compute precision, and float32 weights and Adam's two moments for each trained model."""
     if not parameters:
         return None
-    models = 2 if config.ppo.value_model == "critic" else 1
     width = 4 if config.learner.precision == "float32" else 2
-    return parameters * models * (width + 3 * _FLOAT32) / GIB
+    return parameters * config.trained_models * (width + 3 * _FLOAT32) / GIB
 
 
 def needed_memory(needs: Needs, *, on_gpu: bool) -> float:

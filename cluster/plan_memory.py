@@ -3,10 +3,11 @@
 N parameters, w bytes each (4 in float32, 2 in bfloat16), R learner ranks, G samples a group:
 
 - learner, a rank: weights N·w, gradients N·w, Adam 8·N and in bfloat16 a float32 copy 4·N more; Adam's part
-  is split over ranks from ZeRO 1, gradients from ZeRO 2, weights from ZeRO 3; all of it twice with a critic
+  is split over ranks from ZeRO 1, gradients from ZeRO 2, weights from ZeRO 3; all of it once more with a
+  critic, and once more with a discriminator
 - rollout actor: weights N·w, and key-value cache for all sequences at full length, at most `kv_cache_gib`
-- scoring actor: weights of the reference N·w
-- shared memory: the published weights, N·w
+- scoring actor: weights of the reference N·w, and of a discriminator as many
+- shared memory: the published weights, N·w, and a discriminator's
 - object store: 32 bytes a token (id, log μ, version, log π_ref) of (S + 1)·P groups, and of a step's batch
 
 Activations, logits and the runtime's own needs come on top.
@@ -21,6 +22,7 @@ import numpy as np
 
 from cluster.config import JobConfig
 from cluster.plan_model import Workload
+from rewards.discriminator_settings import trains_discriminator
 
 FORMULA = " ".join((__doc__ or "").split())
 _GIB = 1024**3
@@ -74,7 +76,7 @@ def derive_sizes(config: JobConfig, workload: Workload, *, window: int) -> Sizes
         learner.ranks if learner.zero_stage >= stage else 1 for stage in (3, 2, 1)
     )
     adam = count * (8 if width == 4 else 12) / _GIB
-    models = 2 if config.ppo.value_model == "critic" else 1
+    models = config.trained_models
     prompt = workload.generation.prompt_tokens
     per_token = workload.size.kv_values_per_token * width
     cache = rollout.max_num_seqs * (prompt + rollout.max_new_tokens) * per_token / _GIB
@@ -97,11 +99,12 @@ def estimate(config: JobConfig, workload: Workload, *, actors: int, window: int)
     sizes = derive_sizes(config, workload, window=window)
     if sizes is None:
         return None
+    scored = sizes.weights * (1 + trains_discriminator(config.reward))
     return Memory(
         learner=config.learner.ranks * sizes.rank,
         rollout=actors * (sizes.weights + sizes.kv_cache),
-        scoring=config.scoring.actors * sizes.weights,
-        shared=sizes.weights,
+        scoring=config.scoring.actors * scored,
+        shared=scored,
         object_store=sizes.object_store,
     )
 

@@ -227,6 +227,20 @@ def test_memory_follows_the_stated_formula() -> None:
     assert estimate(config, TRUTH, actors=3, window=2) is None
 
 
+def test_a_critic_and_a_discriminator_each_take_what_the_policy_takes() -> None:
+    workload = TRUTH.changed("size", parameters=1e9)
+    discriminator = JOB.replace('kind = "task"\n[rollout]', 'kind = "discriminator"\n[rollout]')
+    plain, both = (
+        estimate(parse_config(text, settings), workload, actors=1, window=0)
+        for text, settings in ((JOB, []), (discriminator, ['ppo.value_model="critic"']))
+    )
+    assert plain is not None
+    assert both is not None
+    assert both.learner == pytest.approx(3 * plain.learner)
+    assert (both.scoring, both.shared) == (2 * plain.scoring, 2 * plain.shared)
+    assert both.rollout == plain.rollout
+
+
 def test_sizes_are_told_by_part() -> None:
     gib = 1024**3
     workload = TRUTH.changed("size", parameters=1e9, kv_values_per_token=1000.0)
