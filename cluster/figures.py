@@ -73,6 +73,21 @@ def _supervised(run: RunData, axes: Axes) -> bool:
     return drawn or bool(xs)
 
 
+def _pass_at(run: RunData, axes: Axes) -> bool:
+    """pass@k of the held-out evaluations, a line for each k that two of them have."""
+    drawn = False
+    for k, colour in zip(run.passes(), (BLUE, GREEN, ORANGE, RED, INK), strict=False):
+        xs, ys = run.points(f"heldout/pass_at/{k}")
+        halves = dict(zip(*run.points(f"heldout/pass_at/{k}_ci95"), strict=True))
+        errors = [halves.get(x, 0.0) for x in xs]
+        axes.errorbar(xs, ys, errors, color=colour, fmt="o-", ms=4, lw=1.2, capsize=3, label=f"k = {k}")
+        drawn = True
+    axes.set_ylabel("pass@k on held-out prompts")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    legend(axes, "lower right", columns=2)
+    return drawn
+
+
 def _kl(run: RunData, axes: Axes) -> bool:
     axes.set_ylabel("KL to the reference\n(nats a sequence)")
     return trend(axes, run.points("kl/sequence"), BLUE)
@@ -201,6 +216,12 @@ _PICTURES: tuple[tuple[str, str, str, Draw], ...] = (
     ("supervised", "Loss", "Should fall on both; held out it levels off.", _supervised),
     *PREFERENCE_PICTURES,
     ("reward", "Reward", "Should rise, on held-out prompts too.", _reward),
+    (
+        "pass_at",
+        "pass@k",
+        "How likely one of k answers passes, over prompts. k = 1 up and large k down: the policy narrows.",
+        _pass_at,
+    ),
     ("kl", "Distance to the reference", "Rises slowly; a run-away means reward hacking.", _kl),
     ("length", "Response length", "Growth without reward is padding.", _length),
     ("entropy", "Entropy of the policy", "Falls slowly; at 0 exploration has ended.", _entropy),

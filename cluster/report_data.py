@@ -71,6 +71,17 @@ class RunData:
             rows = [(x, float(self.summary[k]), None) for x, k in ends if _is_number(self.summary.get(k))]
         return [(x, y, float(half) if _is_number(half) else 0.0) for x, y, half in rows]
 
+    def passes(self) -> list[int]:
+        """The k of pass@k that at least two held-out evaluations have, five at most."""
+        prefix = "heldout/pass_at/"
+        counts = Counter(key for row in self.metrics for key, value in row.items() if _is_number(value))
+        found = sorted(
+            int(key.removeprefix(prefix))
+            for key, count in counts.items()
+            if count > 1 and key.startswith(prefix) and not key.endswith("_ci95")
+        )
+        return [*found[:4], *found[-1:]] if len(found) > 5 else found
+
     def before_and_after(self) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
         """Pairs of samples of the same held-out prompt, from the first and the last step that have any."""
         by_step: dict[int, dict[str, Mapping[str, Any]]] = {}

@@ -228,6 +228,23 @@ def test_nulls_and_long_runs_are_drawn(run: Path) -> None:
     assert len(pictures["reward"]) < 200_000
 
 
+def test_pass_at_k_is_drawn_where_two_evaluations_have_it(run: Path) -> None:
+    assert "pass_at" not in {picture.key for picture in draw_all(load_run(run))}
+    write(
+        run / "metrics.jsonl",
+        [
+            {"learner_step": step, "heldout/reward": 0.1 * step}
+            | {f"heldout/pass_at/{k}": min(1.0, 0.1 * k + 0.05 * step) for k in (1, 2, 4)}
+            | {f"heldout/pass_at/{k}_ci95": 0.02 for k in (1, 2)}
+            for step in (0, 5, 10)
+        ]
+        + [{"learner_step": 11, "heldout/pass_at/8": 0.9}],
+    )
+    data = load_run(run)
+    assert data.passes() == [1, 2, 4]  # of k = 8 there is one point, which is no line
+    assert "pass_at" in {picture.key for picture in draw_all(data)}
+
+
 def test_the_scheduler_is_drawn(run: Path) -> None:
     causes = ("window", "ahead", "deadline", "sampling", "sync")
     rows = [
