@@ -14,6 +14,7 @@ from cluster.monitor_settings import MonitorSettings
 from cluster.objective_rules import objective_rules
 from cluster.preference_job.online import online_dpo_rules
 from cluster.rules import Rule, enforce, learner_rules, model_rules
+from cluster.run_settings import KeptCheckpoints, RunName
 from cluster.scheduler import SchedulerSettings
 from learner.preference_settings import OnlineDPOSettings
 from learner.presets import with_preset
@@ -35,9 +36,7 @@ from rewards.settings import RewardSettings, Settings, TaskSettings
 class RunSettings(Settings):
     """`[run]`: how long, how often, and on what batch."""
 
-    name: str = Field(
-        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the run and its folder."
-    )
+    name: RunName = "run"
     seed: int = Field(0, ge=0, description="Seed of data order, initial weights and minibatches.")
     steps: int = Field(100, ge=1, description="Learner steps.")
     batch_size: int = Field(
@@ -67,7 +66,7 @@ class RunSettings(Settings):
     checkpoint_every: int = Field(
         50, ge=0, description="Learner steps between checkpoints; 0: only the last."
     )
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+    keep_checkpoints: KeptCheckpoints = 2
 
 
 class ClusterSettings(Settings):

@@ -14,6 +14,7 @@ from cluster.config import ClusterSettings, JobConfig
 from cluster.data_settings import DataSettings
 from cluster.monitor_settings import MonitorSettings
 from cluster.rules import Rule, enforce
+from cluster.run_settings import KeptCheckpoints, RunName
 from learner.settings import LearnerSettings, ModelSettings, OptimizerSettings, WarmupSettings
 from rewards.discriminator_settings import trains_discriminator
 from rewards.settings import RewardSettings, Settings, TaskSettings
@@ -24,11 +25,7 @@ _NO_REWARD = {"kind": "regex", "pattern": "."}  # a job of reinforcement learnin
 class IteratedRunSettings(Settings):
     """`[run]`: how many iterations, what each samples and trains, how often it is looked at and saved."""
 
-    name: str = Field(
-        "iterated",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        description="Name of the run and its folder.",
-    )
+    name: RunName = "iterated"
     seed: int = Field(0, ge=0, description="Seed of data order, initial weights and the held-out split.")
     iterations: int = Field(4, ge=1, description="Times that the policy samples, and then learns.")
     prompts: int = Field(
@@ -49,7 +46,7 @@ class IteratedRunSettings(Settings):
     checkpoint_every: int = Field(
         1, ge=0, description="Iterations between checkpoints; 0: only the last, and where a run is stopped."
     )
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+    keep_checkpoints: KeptCheckpoints = 2
 
 
 class SpinSettings(Settings):

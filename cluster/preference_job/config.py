@@ -8,6 +8,7 @@ from cluster.config import ClusterSettings
 from cluster.monitor_settings import MonitorSettings
 from cluster.preferences.settings import PreferenceSettings
 from cluster.rules import Rule, enforce, learner_rules, model_rules
+from cluster.run_settings import KeptCheckpoints, RunName
 from learner.preference_settings import (
     DPOSettings,
     ImitationSettings,
@@ -25,11 +26,7 @@ METHODS = ("dpo", "ipo", "kto", "simpo")
 class PreferenceRunSettings(Settings):
     """`[run]`: how long, how often, and on what batch."""
 
-    name: str = Field(
-        "preferences",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        description="Name of the run and its folder.",
-    )
+    name: RunName = "preferences"
     seed: int = Field(0, ge=0, description="Seed of data order and initial weights.")
     epochs: int = Field(1, ge=1, description="Passes over the training examples.")
     batch_size: int = Field(64, ge=1, description="Pairs, or labelled responses with `kto`, an update.")
@@ -40,7 +37,7 @@ class PreferenceRunSettings(Settings):
         512, ge=2, description="Held-out examples in such a look; the ones before and after take all."
     )
     checkpoint_every: int = Field(200, ge=0, description="Updates between checkpoints; 0: only the last.")
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+    keep_checkpoints: KeptCheckpoints = 2
 
 
 class PolicyTextSettings(Settings):

@@ -12,6 +12,7 @@ from cluster.config import ClusterSettings
 from cluster.monitor_settings import MonitorSettings
 from cluster.preferences.settings import PreferenceSettings
 from cluster.rules import Rule, enforce, learner_rules, model_rules
+from cluster.run_settings import KeptCheckpoints, RunName
 from learner.reward_settings import BackboneSettings
 from learner.settings import LearnerSettings, OptimizerSettings
 from rewards.models.settings import RewardModelSettings
@@ -21,11 +22,7 @@ from rewards.settings import Settings
 class RewardRunSettings(Settings):
     """`[run]`: how long, how often, and on what batch."""
 
-    name: str = Field(
-        "reward-model",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        description="Name of the run and its folder.",
-    )
+    name: RunName = "reward-model"
     seed: int = Field(0, ge=0, description="Seed of data order, initial heads and bootstraps.")
     epochs: int = Field(1, ge=1, description="Passes of each member over the training pairs.")
     batch_size: int = Field(64, ge=1, description="Pairs an optimizer update.")
@@ -36,7 +33,7 @@ class RewardRunSettings(Settings):
     checkpoint_every: int = Field(
         200, ge=0, description="Updates between checkpoints; 0: only at the end of each member."
     )
-    keep_checkpoints: int = Field(1, ge=1, description="Newest checkpoints that are kept.")
+    keep_checkpoints: KeptCheckpoints = 1
 
 
 class EvaluationSettings(Settings):

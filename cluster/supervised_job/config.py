@@ -8,6 +8,7 @@ from cluster.config import ClusterSettings
 from cluster.data_settings import DataSettings
 from cluster.monitor_settings import MonitorSettings
 from cluster.rules import Rule, enforce, learner_rules, model_rules
+from cluster.run_settings import KeptCheckpoints, RunName
 from learner.settings import LearnerSettings, ModelSettings, OptimizerSettings, WarmupSettings
 from rewards.settings import Settings, TaskSettings
 
@@ -15,11 +16,7 @@ from rewards.settings import Settings, TaskSettings
 class SupervisedRunSettings(Settings):
     """`[run]`: how long, on what batch, and how often it is looked at and saved."""
 
-    name: str = Field(
-        "supervised",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        description="Name of the run and its folder.",
-    )
+    name: RunName = "supervised"
     seed: int = Field(0, ge=0, description="Seed of data order, initial weights and the held-out split.")
     steps: int = Field(200, ge=1, description="Optimizer updates.")
     batch_size: int = Field(64, ge=1, description="Demonstrations an update.")
@@ -30,7 +27,7 @@ class SupervisedRunSettings(Settings):
         50, ge=0, description="Updates between looks at the held-out loss; 0: only before and after."
     )
     checkpoint_every: int = Field(0, ge=0, description="Updates between checkpoints; 0: only the last.")
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+    keep_checkpoints: KeptCheckpoints = 2
 
 
 class SupervisedSettings(Settings):
