@@ -1,9 +1,11 @@
 """What every benchmark says of the machine that it ran on."""
 
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 GIB = 1024**3
@@ -34,3 +36,12 @@ class StolenTime:
     def share(self, clock: float) -> float:
         """At the moment `clock`, in the same seconds."""
         return (psutil.cpu_times().steal - self._steal) / ((clock - self._clock) * (psutil.cpu_count() or 1))
+
+
+def seconds_of_fixed_work(rounds: int = 60) -> float:
+    """How long all cores take for the same matrix products: a host may slow them without taking any away."""
+    matrix = np.full((1024, 1024), 1e-3)
+    began = time.perf_counter()
+    for _ in range(rounds):
+        np.matmul(matrix, matrix)
+    return time.perf_counter() - began

@@ -12,12 +12,14 @@ a seed begin with the same policy, so their first evaluations are averaged; and 
 least squares (isotonic regression), so that one lucky evaluation is no hit. Each finished run is added to
 time_to_reward.json at once, so an interrupted benchmark goes on where it was. The speed of a shared machine
 changes from hour to hour, so only runs made one after the other are compared: where the machine's host kept
-back more than MOST_STOLEN of its cores during one run, the seed is made again whole, up to ATTEMPTS times; of
+back more than MOST_STOLEN of its cores during one run, or the same work took more than MOST_UNEVEN times as
+long before or after one run as beside another, the seed is made again whole, up to --attempts times; of
 several the attempt counts whose worst run lost least.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,7 @@ from typing import Any
 
 from scipy import optimize, stats
 
-from benchmarks.machine import StolenTime, describe
+from benchmarks.machine import StolenTime, describe, seconds_of_fixed_work
 from benchmarks.workloads import WARM_UP, WORKLOADS, config, write_data
 from cluster.monitor import read_rows
 
@@ -41,7 +43,7 @@ MODES = {"sync": "0", "S=1": "1", "S=2": "2", "S=4": "4", "S=8": "8", "adaptive"
 THREADS = {"sync": 2}
 EVALUATIONS = 5
 MOST_STOLEN = 0.05
-ATTEMPTS = 2
+MOST_UNEVEN = 1.15
 GAIN = 0.8  # share of the synchronous run's gain that is the target
 
 
@@ -76,6 +78,7 @@ def one_run(workload: str, seed: int, mode: str, steps: int, folder: Path) -> di
     data = folder.parent / "data"
     model = warmed_up(workload, seed, folder.parent)
     run = folder / mode
+    speeds = [seconds_of_fixed_work()]
     clock = time.monotonic()
     stolen = StolenTime(clock)
     threads = THREADS.get(mode, 1)
@@ -86,6 +89,8 @@ def one_run(workload: str, seed: int, mode: str, steps: int, folder: Path) -> di
         run,
         [*overrides, f"run.evaluate_every={steps // EVALUATIONS}", "run.evaluate_pauses=true"],
     )
+    taken = stolen.share(time.monotonic())
+    speeds.append(seconds_of_fixed_work())
     rows = list(read_rows(run / "metrics.jsonl"))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     steps_rows = [row for row in rows if row.get("timing_s/step")]
@@ -116,7 +121,8 @@ def one_run(workload: str, seed: int, mode: str, steps: int, folder: Path) -> di
         "reward_final": summary["reward_final"],
         "mismatch_kl": mean(row["mismatch/kl"] for row in steady),
         "ess": mean(row["mismatch/ess"] for row in steady),
-        "cpu_stolen_fraction": stolen.share(time.monotonic()),
+        "cpu_stolen_fraction": taken,
+        "fixed_work_s": speeds,
     }
 
 
@@ -156,12 +162,18 @@ def most_stolen(attempt: dict[str, dict[str, Any]]) -> float:
     return max(float(run["cpu_stolen_fraction"]) for run in attempt.values())
 
 
+def unevenness(attempt: dict[str, dict[str, Any]]) -> float:
+    """Longest over shortest time of the same work beside the attempt's runs; infinite where unknown."""
+    seconds = [one for run in attempt.values() for one in run.get("fixed_work_s", [0.0])]
+    return max(seconds) / min(seconds) if min(seconds) > 0 else math.inf
+
+
 def least_disturbed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each workload and seed the runs of one attempt: of those with most modes the least disturbed."""
+    """Of each workload and seed the runs of one attempt: of those with most modes the most even one."""
     chosen: list[dict[str, Any]] = []
     for workload, seed in sorted({(run["workload"], run["seed"]) for run in runs}):
         attempts = attempts_of(runs, workload, seed).values()
-        best = min(attempts, key=lambda attempt: (-len(attempt), most_stolen(attempt)))
+        best = min(attempts, key=lambda one: (-len(one), unevenness(one), most_stolen(one)))
         chosen += best.values()
     return chosen
 
@@ -250,15 +262,17 @@ def show(table: dict[str, Any]) -> None:
             )
 
 
-def missing(runs: list[dict[str, Any]], workload: str, seed: int, modes: list[str]) -> tuple[int, str] | None:
+def missing(
+    runs: list[dict[str, Any]], workload: str, seed: int, modes: list[str], most: int
+) -> tuple[int, str] | None:
     """The attempt and mode to run next for a workload and seed; None where all is there."""
     attempts = attempts_of(runs, workload, seed)
-    for attempt in range(ATTEMPTS):
+    for attempt in range(most):
         made = attempts.get(attempt, {})
         for mode in modes:
             if mode not in made:
                 return attempt, mode
-        if most_stolen(made) <= MOST_STOLEN:
+        if most_stolen(made) <= MOST_STOLEN and unevenness(made) <= MOST_UNEVEN:
             return None
     return None
 
@@ -270,6 +284,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--attempts", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further run after so long")
     parser.add_argument("--keep", type=Path, help="keep the run folders here")
     parser.add_argument("--summarise", action="store_true", help="run nothing")
@@ -282,7 +297,7 @@ def main() -> None:
         for seed in range(options.seeds):
             for workload in options.workloads:
                 while not options.summarise and time.monotonic() < ends:
-                    todo = missing(results["runs"], workload, seed, options.modes)
+                    todo = missing(results["runs"], workload, seed, options.modes, options.attempts)
                     if todo is None:
                         break
                     attempt, mode = todo
