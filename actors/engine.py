@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from actors import engine_owner
 from actors.settings import RolloutSettings
 from actors.waits import DeadlineExceeded, abandon
 from actors.weight_files import host_id
@@ -55,7 +56,7 @@ def refuse_unsafe_environment() -> None:
             )
 
 
-def engine_environment(spec: EngineSpec, owner_pid: int) -> dict[str, str | None]:
+def engine_environment(spec: EngineSpec) -> dict[str, str | None]:
     """Environment of the engine's processes; None stands for a variable that must not be set."""
     variables: dict[str, str | None] = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -63,7 +64,6 @@ def engine_environment(spec: EngineSpec, owner_pid: int) -> dict[str, str | None
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "TOKENIZERS_PARALLELISM": "false",
-        "HEADRACE_ENGINE_OWNER_PID": str(owner_pid),
     }
     if spec.logits_processor:
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other runner has another interface for them
@@ -113,7 +113,6 @@ def _engine_args(spec: EngineSpec) -> Any:
     if spec.logits_processor:
         sized |= {
             "logits_processors": [spec.logits_processor],
-            "additional_config": dict(spec.additional),
             "async_scheduling": False,  # a processor must see the token that was sampled last
         }
     return AsyncEngineArgs(
@@ -136,6 +135,7 @@ def _engine_args(spec: EngineSpec) -> Any:
         disable_log_stats=True,
         enable_log_requests=False,
         weight_transfer_config=WeightTransferConfig(backend=spec.transfer_backend),
+        additional_config={**spec.additional, engine_owner.KEY: engine_owner.Owner(os.getpid())},
         **sized,
     )
 
@@ -185,7 +185,7 @@ class WatchedEngine:
             EngineDied: where the core ended during its start; its reason stands in the log above.
         """
         refuse_unsafe_environment()
-        for variable, value in engine_environment(self.spec, os.getpid()).items():
+        for variable, value in engine_environment(self.spec).items():
             if value is None:
                 os.environ.pop(variable, None)
             else:

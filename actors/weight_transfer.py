@@ -7,11 +7,6 @@ then goes through vLLM's layerwise reload, the way that reaches weights which th
 ties the output embedding to the input embedding again where the model shares them.
 """
 
-import ctypes
-import os
-import select
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,42 +29,13 @@ from actors.ipc_handles import decode_update
 
 BACKEND = "headrace_shared"
 IPC_BACKEND = "headrace_ipc"
-OWNER_PID = "HEADRACE_ENGINE_OWNER_PID"
-_PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
-    """Register the backend once in this process, and tie the process's life to its actor's."""
+    """Register the backend once in this process."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, __name__, "SharedWeightTransferEngine")
         WeightTransferEngineFactory.register_engine(IPC_BACKEND, __name__, "PlainIPCWeightTransferEngine")
-        owner = int(os.environ.get(OWNER_PID, "0"))
-        if owner and owner != os.getpid():
-            die_with(owner)
-
-
-def die_with(owner: int) -> None:
-    """End this process when process `owner` ends, even by SIGKILL, so that no engine is left behind.
-
-    A thread waits on a handle of the owner. A direct child asks the kernel for the signal as well, which
-    also ends an engine core that is stopped and can run no thread.
-    """
-    if os.getppid() == owner:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-    def wait() -> None:
-        try:
-            handle = os.pidfd_open(owner)
-        except ProcessLookupError:
-            pass
-        else:
-            poll = select.poll()
-            poll.register(handle, select.POLLIN)
-            while not poll.poll():
-                pass
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=wait, name="owner-watch", daemon=True).start()
 
 
 @dataclass

@@ -197,7 +197,7 @@ def _made_by(
 
 
 def _sampled(task: Task, prompts: Sequence[tuple[int, Prompt]], plan: Plan, use: Any) -> bool:
-    """Sample; False where that failed, its first cause said."""
+    """Sample; False where that failed or was interrupted, its first cause said."""
     try:
         sample_all(task.config, task.policy, prompts, plan, use)
     except* _FAILURES as group:
@@ -205,6 +205,9 @@ def _sampled(task: Task, prompts: Sequence[tuple[int, Prompt]], plan: Plan, use:
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         print(f"headrace: {first}", file=sys.stderr)
+        sampled = False
+    except* KeyboardInterrupt:
+        print("headrace: interrupted", file=sys.stderr)
         sampled = False
     else:
         sampled = True

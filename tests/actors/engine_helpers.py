@@ -2,10 +2,12 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 
 T = TypeVar("T")
@@ -27,6 +29,19 @@ class LoopThread:
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(10)
+
+
+def wait_gone(pid: int, seconds: float = 20) -> bool:
+    """Whether a process ends in time; a zombie has ended."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from engine_helpers import END, LoopThread, logprobs, make_worker, probe_of, request, save_model
+from engine_helpers import END, LoopThread, logprobs, make_worker, probe_of, request, save_model, wait_gone
 
 from actors.engine import (
     EngineDied,
@@ -28,20 +28,6 @@ from actors.rollout import completion_from, load_timeout
 from actors.settings import RolloutSettings, SyncSettings
 from actors.waits import DeadlineExceeded
 from actors.weight_files import SHARED_MEMORY, remove_stale
-
-
-def wait_gone(pid: int, seconds: float = 20) -> bool:
-    """Whether a process ends in time; a zombie has ended."""
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        time.sleep(0.1)
-    return False
-
 
 # -- pure parts -------------------------------------------------------------------------------------------
 
@@ -167,11 +153,10 @@ def test_unsafe_environment_is_refused(variable: str, monkeypatch: pytest.Monkey
 
 def test_engine_environment_shares_the_machine() -> None:
     spec = EngineSpec("a", "m", RolloutSettings(cores=0.5), "float32", 64, 0, "cpu", "headrace_shared")
-    found = engine_environment(spec, 17)
+    found = engine_environment(spec)
     assert found["OMP_NUM_THREADS"] == "1"
     assert found["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert found["VLLM_CPU_KVCACHE_SPACE"] is None
-    assert found["HEADRACE_ENGINE_OWNER_PID"] == "17"
 
 
 def test_end_tokens_of_tokenizer_model_and_generation_config(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 """`headrace generate` and `headrace evaluate` as they are used, with Ray and vLLM."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +134,47 @@ def test_an_evaluation_writes_tables_samples_and_a_picture(
     assert curve[8]["reward"]["mean"] == pytest.approx(rewards.max(axis=1).mean())
     assert found["pass_at_k"]["rows"][0]["mean"] == pytest.approx((rewards >= 5).mean())
     assert (out / "best_of_n.png").stat().st_size > 10_000
+
+
+def test_soft_best_of_n_goes_on_after_an_interrupt(checkpoint: Path, tmp_path: Path) -> None:
+    """A low λ takes the best, as best-of-n does; what was done before the interrupt is not done again."""
+    words = [f"{a}{b}=" for a in "abcd" for b in "efghij"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in words))
+    (tmp_path / "mine.py").write_text(
+        "import time\n\n\ndef slow(prompt, completion, row):\n    time.sleep(0.2)\n"
+        "    return len(set(completion))\n"
+    )
+    out, partial = tmp_path / "soft.jsonl", tmp_path / "soft.partial.jsonl"
+    arguments = ["--policy", checkpoint, "--prompts", tmp_path / "prompts.jsonl", "--out", out]
+    chosen = ["--strategy", "soft-best-of-n", "--n", 3, "--soft-temperature", 0.01]
+    reward = ["--reward", f"{tmp_path}/mine.py:slow"]
+    command = [
+        sys.executable,
+        "-m",
+        "cluster.cli",
+        "generate",
+        *map(str, arguments + chosen + reward),
+        *SMALL,
+    ]
+    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and stopped.poll() is None:
+        if partial.exists() and partial.read_text().count("\n") > 2:
+            break
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGINT)
+    _, said = stopped.communicate(timeout=60)
+    assert stopped.returncode == 1, said
+    assert "the same command goes on" in said
+    kept = [line for row in rows(partial)[1:] for line in row["lines"]]
+    assert 0 < len(kept) < len(words)
+    assert not out.exists()
+
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    found = rows(out)
+    assert [row["prompt"] for row in found] == words
+    assert all(row in found for row in kept)
+    for row in found:
+        assert row["strategy"] == "soft-best-of-n"
+        assert row["score"] == max(row["candidate_scores"])

@@ -265,8 +265,10 @@ def test_pools_of_two_policies_become_pairs(tmp_path: Path) -> None:
 @pytest.mark.integration
 @pytest.mark.timeout(200)
 def test_rejection_on_live_actors(tmp_path: Path) -> None:
+    """On two learner ranks, which share optimizer state and gradients."""
     run_dir = tmp_path / "run"
-    summary = run_job(job(REJECTION, "rejection.keep=2"), run_dir)
+    ranks = ("learner.ranks=2", "learner.zero_stage=2")
+    summary = run_job(job(REJECTION, "rejection.keep=2", *ranks), run_dir)
     assert summary["status"] == "completed", summary["error"]
     assert (summary["steps"], summary["iterations"]) == (8, 2)
     assert summary["reward_initial"] is not None

@@ -1,0 +1,57 @@
+"""Ties the life of an engine's processes to that of the actor that started them.
+
+vLLM hands its configuration, pickled, to each process that it spawns, and unpickles it there before anything
+else runs. An `Owner` in it therefore takes hold from the first moment on: also while an engine core still
+imports, or waits for an actor that is gone to answer.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import threading
+from typing import Any
+
+KEY = "headrace_owner"
+_PR_SET_PDEATHSIG = 1
+_tied: set[int] = set()
+
+
+class Owner(int):
+    """The process id of an owner: whatever other process unpickles it ends when the owner does."""
+
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        return _arrive, (int(self),)
+
+
+def _arrive(pid: int) -> Owner:
+    if pid != os.getpid():
+        die_with(pid)
+    return Owner(pid)
+
+
+def die_with(owner: int) -> None:
+    """End this process when process `owner` ends, even by SIGKILL, so that no engine is left behind.
+
+    A thread waits on a handle of the owner. A direct child asks the kernel for the signal as well, which
+    also ends an engine core that is stopped and can run no thread.
+    """
+    if owner in _tied:
+        return
+    _tied.add(owner)
+    if os.getppid() == owner:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    def wait() -> None:
+        try:
+            handle = os.pidfd_open(owner)
+        except ProcessLookupError:
+            pass
+        else:
+            poll = select.poll()
+            poll.register(handle, select.POLLIN)
+            while not poll.poll():
+                pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="owner-watch", daemon=True).start()
