@@ -90,5 +90,20 @@ def penalty_warning(ppo: PPOSettings) -> str | None:
     )
 
 
+_WIDE = 4
+
+
+def lag_warning(correction: CorrectionSettings, window: int | str) -> str | None:
+    """That a wide window which nobody narrows has cost decoupled runs their reward."""
+    if not isinstance(window, int) or window < _WIDE or correction.ratio != "proximal":
+        return None
+    return (
+        f'scheduler.window = {window} is fixed, and with correction.ratio = "proximal" nothing holds the '
+        "learner near the policy that sampled: at a lag of 8 such runs lost reward (docs/corrections.md). "
+        'Watch mismatch/ess; scheduler.window = "adaptive" narrows the window by itself, and '
+        'correction.ratio = "behaviour" with correction.weights = "none" kept the reward there'
+    )
+
+
 def _toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

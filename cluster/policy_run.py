@@ -9,7 +9,7 @@ from cluster.config_file import ConfigError
 from cluster.heldout import EVALUATION_AFTER
 from cluster.job import Kind
 from cluster.monitor import Monitor
-from cluster.objective_rules import penalty_warning
+from cluster.objective_rules import lag_warning, penalty_warning
 from cluster.placement import ray_session
 from cluster.prepare import Prepared, prepare
 from cluster.report import write_report
@@ -43,9 +43,13 @@ class PolicyRun(TrainingRun):
             f"prompts, {len(self._inputs.demonstrations)} demonstrations"
         )
         self._inputs.quarantine.announce(monitor.event)
-        warning = penalty_warning(self.config.ppo)
-        if warning is not None:
-            monitor.event(f"warning: {warning}")
+        config = self.config
+        for warning in (
+            penalty_warning(config.ppo),
+            lag_warning(config.correction, config.scheduler.window),
+        ):
+            if warning is not None:
+                monitor.event(f"warning: {warning}")
 
     def write_report(self) -> Path:
         """The report of a run with rollouts."""

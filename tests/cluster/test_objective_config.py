@@ -4,7 +4,7 @@ import pytest
 
 from cluster.config import JobConfig
 from cluster.config_file import ConfigError, dump_config, parse_config
-from cluster.objective_rules import penalty_warning
+from cluster.objective_rules import lag_warning, penalty_warning
 from learner.presets import PRESETS
 from learner.settings import PPOSettings
 
@@ -123,3 +123,17 @@ def test_a_penalty_whose_gradient_is_another_is_warned_of() -> None:
         found = penalty_warning(PPOSettings(kl_in=place, kl_estimator=kind))
         assert found is not None
         assert said in found
+
+
+def test_a_wide_fixed_window_is_warned_of_where_nothing_holds_the_learner() -> None:
+    config = job("ppo", "scheduler.window=8")
+    warning = lag_warning(config.correction, config.scheduler.window)
+    assert warning is not None
+    assert "scheduler.window = 8" in warning
+    for overrides in (
+        ["scheduler.window=2"],
+        ['scheduler.window="adaptive"'],
+        ["scheduler.window=8", 'correction.ratio="behaviour"', 'correction.weights="none"'],
+    ):
+        config = job("ppo", *overrides)
+        assert lag_warning(config.correction, config.scheduler.window) is None
