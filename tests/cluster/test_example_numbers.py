@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMAND = re.compile(r"^#   headrace train (examples/\w+\.toml)(.*)$", re.MULTILINE)
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 EXPECTATION = re.compile(r"^# Expect: summary\.([\w.]+) (>=|<=) (-?[\d.]+)$", re.MULTILINE)
 
@@ -42,6 +43,11 @@ def expectations(text: str) -> list[Expectation]:
     return [
         Expectation(key, comparison, float(bound)) for key, comparison, bound in EXPECTATION.findall(text)
     ]
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """The commands that an example's head says to give: file and further arguments; its own comes last."""
+    return [(file, further.split()) for file, further in COMMAND.findall(text)]
 
 
 EXAMPLES = {
@@ -75,6 +81,16 @@ def test_what_is_promised_is_read() -> None:
         first.check({})
 
 
+def test_an_examples_own_command_is_the_last_of_its_head() -> None:
+    for name in EXAMPLES:
+        text = (ROOT / "examples" / f"{name}.toml").read_text()
+        assert commands(text)[-1] == (f"examples/{name}.toml", []), name
+    assert commands((ROOT / "examples" / "log_ratio.toml").read_text())[0] == (
+        "examples/supervised.toml",
+        ["--run-dir", "runs/supervised"],
+    )
+
+
 def test_every_line_that_looks_like_a_promise_is_one() -> None:
     for path in (ROOT / "examples").glob("*.toml"):
         text = path.read_text()
@@ -88,17 +104,11 @@ def test_an_example_reaches_its_numbers(name: str, tmp_path: Path) -> None:
     if name not in chosen():
         pytest.skip(f"not today; HEADRACE_EXAMPLES={name} runs it")
     run_dir = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "cluster.cli",
-        "train",
-        f"examples/{name}.toml",
-        "--run-dir",
-        str(run_dir),
-    ]
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=850)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for file, further in commands((ROOT / "examples" / f"{name}.toml").read_text()):
+        own = [*further, "--run-dir", str(run_dir)] if file == f"examples/{name}.toml" else further
+        command = [sys.executable, "-m", "cluster.cli", "train", str(ROOT / file), *own]
+        done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=850)
+        assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((run_dir / "summary.json").read_text())
     for one in EXAMPLES[name]:
         one.check(summary)
