@@ -141,7 +141,7 @@ def test_soft_best_of_n_goes_on_after_an_interrupt(checkpoint: Path, tmp_path: P
     words = [f"{a}{b}=" for a in "abcd" for b in "efghij"]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in words))
     (tmp_path / "mine.py").write_text(
-        "import time\n\n\ndef slow(prompt, completion, row):\n    time.sleep(0.2)\n"
+        "import time\n\n\ndef slow(prompt, completion, row):\n    time.sleep(0.1)\n"
         "    return len(set(completion))\n"
     )
     out, partial = tmp_path / "soft.jsonl", tmp_path / "soft.partial.jsonl"
