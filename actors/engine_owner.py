@@ -17,11 +17,22 @@ _PR_SET_PDEATHSIG = 1
 _tied: set[int] = set()
 
 
-class Owner(int):
-    """The process id of an owner: whatever other process unpickles it ends when the owner does."""
+class Owner(str):
+    """The process `pid`: whatever other process unpickles this ends when that one does.
+
+    As text it is always the same, since vLLM looks up what it has compiled by its configuration as JSON.
+    """
+
+    pid: int
+
+    def __new__(cls, pid: int) -> "Owner":
+        """A mark of the process `pid`."""
+        owner = super().__new__(cls, "the actor")
+        owner.pid = pid
+        return owner
 
     def __reduce__(self) -> tuple[Any, tuple[int]]:
-        return _arrive, (int(self),)
+        return _arrive, (self.pid,)
 
 
 def _arrive(pid: int) -> Owner:

@@ -63,6 +63,28 @@ def _trainer(**fields: Any) -> SimpleNamespace:
     return SimpleNamespace(**(common | fields))
 
 
+def _sampled(mask: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    """Responses to prompts of one token; the tokens' numbers do not matter, since no model reads them."""
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    return {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ids[:, :1] + 1,
+        "completion_ids": ids,
+        "completion_mask": mask.long(),
+        "advantages": advantages,
+    }
+
+
+def _labelled(mask: Tensor) -> dict[str, Tensor]:
+    """The same as one sequence each, which is how labelled responses come."""
+    first = torch.zeros((len(mask), 1), dtype=torch.long)
+    return {
+        "input_ids": torch.zeros((len(mask), mask.shape[1] + 1), dtype=torch.long),
+        "attention_mask": torch.cat([first + 1, mask.long()], 1),
+        "completion_mask": torch.cat([first, mask.long()], 1),
+    }
+
+
 def trl_group(
     kind: str,
     new: Tensor,
@@ -92,13 +114,7 @@ def trl_group(
         max_completion_length=mask.shape[1],
         use_adaptive_entropy=False,
     )
-    ids = torch.zeros(new.shape, dtype=torch.long)
-    inputs = {
-        "prompt_ids": ids[:, :1],
-        "prompt_mask": ids[:, :1] + 1,
-        "completion_ids": ids,
-        "completion_mask": mask.long(),
-        "advantages": advantages,
+    inputs = _sampled(mask, advantages) | {
         "old_per_token_logps": old,
         "ref_per_token_logps": reference,
         "num_items_in_batch": mask.sum(),
@@ -114,13 +130,7 @@ def trl_rloo(new: Tensor, old: Tensor, mask: Tensor, advantages: Tensor, clip: f
         epsilon_low=clip,
         epsilon_high=clip,
     )
-    ids = torch.zeros(new.shape, dtype=torch.long)
-    inputs = {
-        "prompt_ids": ids[:, :1],
-        "prompt_mask": ids[:, :1] + 1,
-        "completion_ids": ids,
-        "completion_mask": mask.long(),
-        "advantages": advantages,
+    inputs = _sampled(mask, advantages) | {
         "old_logps": (old * mask).sum(1),
     }
     loss: Tensor = _trl("trainer.rloo_trainer", "RLOOTrainer")._compute_loss(trainer, None, inputs)
@@ -150,11 +160,7 @@ def trl_pairs(
     )
     totals = (reference * mask).sum(1)
     half = len(totals) // 2
-    first = torch.zeros((len(mask), 1), dtype=torch.long)
-    inputs = {
-        "input_ids": torch.zeros((len(mask), mask.shape[1] + 1), dtype=torch.long),
-        "attention_mask": torch.cat([first + 1, mask.long()], 1),
-        "completion_mask": torch.cat([first, mask.long()], 1),
+    inputs = _labelled(mask) | {
         "ref_chosen_logps": totals[:half],
         "ref_rejected_logps": totals[half:],
     }
@@ -183,11 +189,7 @@ def trl_kto(
         undesirable_weight=weights[1],
         _compute_kl_logps=lambda *_: mismatched[0],
     )
-    first = torch.zeros((len(mask), 1), dtype=torch.long)
-    inputs = {
-        "input_ids": torch.zeros((len(mask), mask.shape[1] + 1), dtype=torch.long),
-        "attention_mask": torch.cat([first + 1, mask.long()], 1),
-        "completion_mask": torch.cat([first, mask.long()], 1),
+    inputs = _labelled(mask) | {
         "label": desirable,
         "ref_logps": (reference * mask).sum(1),
         "ref_KL_logps": mismatched[1],

@@ -1,5 +1,6 @@
 """An engine's processes end with the actor that started them, whenever that ends."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -13,7 +14,7 @@ import psutil
 import pytest
 from engine_helpers import save_model, wait_gone
 
-from actors.engine_owner import Owner
+from actors.engine_owner import KEY, Owner
 
 STARTS_AN_ENGINE = """
 import asyncio, sys
@@ -32,7 +33,10 @@ if __name__ == "__main__":
 def test_an_owner_is_its_process_id_and_stays_one() -> None:
     mine = Owner(os.getpid())
     again = pickle.loads(pickle.dumps(mine))
-    assert (again, type(again)) == (os.getpid(), Owner)  # and this process, which is the owner, lives on
+    assert (again.pid, type(again)) == (os.getpid(), Owner)  # and this process, which is the owner, lives on
+    assert json.dumps({KEY: Owner(1)}) == json.dumps(
+        {KEY: Owner(2)}
+    )  # what vLLM names its compiled graphs by
 
 
 def hold(_owner: Owner) -> None:
