@@ -1,11 +1,14 @@
 """What decoding strategies cost beside plain sampling. Writes decoding_cost.json.
 
-    python benchmarks/decoding_cost.py [--rounds 5] [--prompts 64]
+    python benchmarks/decoding_cost.py [--rounds 5]
 
 One rollout actor with vLLM, without Ray, on one thread. The policy is a Llama of 4 layers and width 128 from
-random weights; the reward model is as large, and reads its tokens. A round samples each prompt once, all at
-the same time, and `seconds_per_token` is its wall clock divided by the tokens sampled. The critic is a value
-head on the policy's own backbone. Best-of-n counts the candidates' scores too. Medians over rounds.
+random weights that never ends a response, so all strategies sample as many tokens, in batches as large: a
+strategy that writes longer or shorter would otherwise change what a token costs. The reward model is as
+large, and reads its tokens. A round samples each prompt of a batch once, all at the same time, and
+`seconds_per_token` is its wall clock divided by the tokens sampled. The critic is a value head on the
+policy's own backbone. Best-of-n is set against one sample of each prompt, and with all scores against one
+sample and its score. Medians over rounds.
 """
 
 import argparse
@@ -36,16 +39,21 @@ from rewards.settings import RewardSettings
 HERE = Path(__file__).resolve().parent
 ALPHABET = "abcdefghijklmnopqrstuvwxyz="
 LENGTH, NEW_TOKENS, N, TOP_K = 128, 64, 16, 8
+BATCHES = (4, 16, 64)
+MAX_BATCH = max(BATCHES)
+KINDS = ("reward_tokens", "value", "reward_text")
 
 
 def build(folder: Path) -> tuple[Path, Path]:
-    """A policy that seldom ends by itself, with a value head beside it, and a reward model."""
+    """A policy that never ends by itself, with a value head beside it, and a reward model."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
 
     settings = ScratchSettings(hidden_size=128, layers=4, heads=4, max_length=LENGTH)
     policy = build_scratch_model(settings, ALPHABET, folder / "policy", seed=0)
     weights = load_file(policy / "model.safetensors")
+    never_end(weights, sorted(end_tokens(str(policy))))
+    save_file(weights, policy / "model.safetensors", {"format": "pt"})
     tokenizer = AutoTokenizer.from_pretrained(policy)
     config = AutoConfig.from_pretrained(policy)
     config.num_labels = 1
@@ -67,6 +75,15 @@ def build(folder: Path) -> tuple[Path, Path]:
     width = weights["model.norm.weight"].shape[0]
     save_file({"weight": torch.randn(1, width), "bias": torch.zeros(1)}, folder / "value_head.safetensors")
     return policy, folder / "rm"
+
+
+def never_end(weights: dict[str, torch.Tensor], ends: list[int]) -> None:
+    """Hidden channel 0 is large at every token and counts against the end tokens alone. In place."""
+    weights["model.embed_tokens.weight"][:, 0] = 20.0
+    head = weights["lm_head.weight"]
+    head[:, 0] = 0.0
+    head[ends] = 0.0
+    head[ends, 0] = -10.0
 
 
 def guide_of(kind: str, folder: Path, policy: Path) -> GuideSpec:
@@ -113,27 +130,23 @@ def summary(timed: list[tuple[float, int]]) -> dict[str, float]:
     }
 
 
-async def measure(folder: Path, prompts: list[Prompt], count: int) -> dict[str, Any]:
-    """Every strategy in an engine of its own, one after another."""
+async def measure(folder: Path, batches: dict[int, list[Prompt]], count: int) -> dict[int, dict[str, Any]]:
+    """By batch and strategy; every strategy in an engine of its own, one after another."""
     policy, reward_model = build(folder)
-    settings = RolloutSettings(kv_cache_gib=0.25, max_num_seqs=256, threads=1)
+    settings = RolloutSettings(kv_cache_gib=0.25, max_num_seqs=MAX_BATCH * N, threads=1)
     common: dict[str, Any] = {"dtype": "float32", "max_length": LENGTH, "seed": 0, "device": "cpu"}
-    found: dict[str, Any] = {}
+    found: dict[int, dict[str, Any]] = {batch: {} for batch in batches}
+    model = load_reward_model(reward_model)
     plain = RolloutWorker("rollout-0", str(policy), settings, SyncSettings(), **common)
     await plain.start()
     try:
-        for name, samples in (("sample", 1), (f"best_of_{N}", N)):
-            timed, groups = await rounds(plain, prompts, samples, count)
-            found[name] = summary(timed)
+        for batch, prompts in batches.items():
+            for name, samples in (("sample", 1), (f"best_of_{N}", N)):
+                timed, groups = await rounds(plain, prompts, samples, count)
+                found[batch][name] = summary(timed) | {"score_seconds": score_seconds(model, groups, count)}
     finally:
         await plain.stop()
-    model = load_reward_model(reward_model)
-    items = [(g.prompt.text, one.text, one.finished) for g in groups for one in g.completions]
-    model.score(items)
-    began = time.perf_counter()
-    model.score(items)
-    found[f"best_of_{N}"]["score_seconds"] = time.perf_counter() - began
-    for kind in ("reward_tokens", "value", "reward_text"):
+    for kind in KINDS:
         guided = GuidedWorker(
             "rollout-0",
             str(policy),
@@ -145,11 +158,34 @@ async def measure(folder: Path, prompts: list[Prompt], count: int) -> dict[str, 
         )
         await guided.start()
         try:
-            timed, _ = await rounds(guided, prompts, 1, count)
+            for batch, prompts in batches.items():
+                timed, _ = await rounds(guided, prompts, 1, count)
+                found[batch][kind] = summary(timed)
         finally:
             await guided.stop()
-        found[kind] = summary(timed)
     return found
+
+
+def score_seconds(model: Any, groups: list[SampledGroup], count: int) -> float:
+    """What scoring all completions takes: the median after one time that is not counted."""
+    items = [(g.prompt.text, one.text, one.finished) for g in groups for one in g.completions]
+    seconds = []
+    for _ in range(count + 1):
+        began = time.perf_counter()
+        model.score(items)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def ratios_of(found: dict[str, Any]) -> dict[str, float]:
+    """Guidance against plain sampling, per token; best of n against one sample, without and with scores."""
+    plain, best = found["sample"], found[f"best_of_{N}"]
+    guided = {f"{kind}_per_token": found[kind]["seconds_per_token"] for kind in KINDS}
+    return {name: seconds / plain["seconds_per_token"] for name, seconds in guided.items()} | {
+        f"best_of_{N}": best["seconds"] / plain["seconds"],
+        f"best_of_{N}_with_scores": (best["seconds"] + best["score_seconds"])
+        / (plain["seconds"] + plain["score_seconds"]),
+    }
 
 
 def main() -> None:
@@ -158,36 +194,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--out", type=Path, default=HERE / "decoding_cost.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
     stolen = StolenTime(began)
     generator = torch.Generator().manual_seed(0)
-    letters = torch.randint(4, 30, (options.prompts, 12), generator=generator).tolist()
+    letters = torch.randint(4, 30, (MAX_BATCH, 12), generator=generator).tolist()
     names = ["<pad>", "<bos>", "<eos>", "<unk>", *sorted(ALPHABET)]
     prompts = [
         Prompt(f"line {i}", (1, *ids), "".join(names[one] for one in ids)) for i, ids in enumerate(letters)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(measure(Path(folder), prompts, options.rounds))
-    plain = found["sample"]
-    best = found[f"best_of_{N}"]
-    ratios = {
-        f"{kind}_per_token": found[kind]["seconds_per_token"] / plain["seconds_per_token"]
-        for kind in ("reward_tokens", "value", "reward_text")
-    }
-    ratios[f"best_of_{N}_wall"] = (best["seconds"] + best["score_seconds"]) / plain["seconds"]
+        found = asyncio.run(
+            measure(Path(folder), {batch: prompts[:batch] for batch in BATCHES}, options.rounds)
+        )
+    ratios = {batch: ratios_of(measured) for batch, measured in found.items()}
     result = {
+        "command": "python benchmarks/decoding_cost.py",
         "machine": describe(),
         "stolen": stolen.share(time.monotonic()),
-        "prompts": options.prompts,
         "rounds": options.rounds,
         "top_k": TOP_K,
         "new_tokens": NEW_TOKENS,
-        "measured": found,
-        "ratios": ratios,
+        "measured_by_batch": found,
+        "ratios_by_batch": ratios,
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(ratios, indent=1))
