@@ -34,9 +34,8 @@ def test_an_owner_is_its_process_id_and_stays_one() -> None:
     mine = Owner(os.getpid())
     again = pickle.loads(pickle.dumps(mine))
     assert (again.pid, type(again)) == (os.getpid(), Owner)  # and this process, which is the owner, lives on
-    assert json.dumps({KEY: Owner(1)}) == json.dumps(
-        {KEY: Owner(2)}
-    )  # what vLLM names its compiled graphs by
+    # vLLM names its compiled graphs by this text.
+    assert json.dumps({KEY: Owner(1)}) == json.dumps({KEY: Owner(2)})
 
 
 def hold(_owner: Owner) -> None:
