@@ -1,7 +1,7 @@
 """One vLLM engine, watched: every wait on it ends, by its result, by its death or by its deadline.
 
-The only file of this package, beside the receive side of weight sync, that imports vLLM, and it does so when
-an engine starts: the environment that vLLM reads at import has to be set first.
+vLLM is imported here and in `engine_fork`, beside the receive side of weight sync, and only when an engine
+starts: the environment that it reads at import has to be set first.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from actors import engine_owner
+from actors import engine_fork, engine_owner
 from actors.settings import RolloutSettings
 from actors.waits import DeadlineExceeded, abandon
 from actors.weight_files import host_id
@@ -166,6 +166,11 @@ class WatchedEngine:
         return int(self._processes[0].pid)
 
     @property
+    def _forks(self) -> bool:
+        """Whether the core is forked: not where CUDA or a compiler's own processes come into it."""
+        return self.spec.device == "cpu" and self.spec.settings.enforce_eager
+
+    @property
     def unfinished(self) -> int:
         """Sequences that the engine has been asked for and has not finished."""
         return int(self.llm.get_num_unfinished_requests())
@@ -191,6 +196,8 @@ class WatchedEngine:
             else:
                 os.environ[variable] = value
         before = set(psutil.Process().children(recursive=True))
+        if self._forks:
+            engine_fork.begin()
         seconds = self.spec.settings.start_timeout_s
         built = self._in_thread(self._build)
         try:
@@ -216,11 +223,13 @@ class WatchedEngine:
         self._watch = asyncio.create_task(self._watch_processes(self._death))
 
     def _build(self) -> Any:
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with engine_fork.without_collection():
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         if self.spec.device == "cpu":
             refuse_head_size(self.spec.model_path)
-        return AsyncLLM.from_engine_args(_engine_args(self.spec))
+        with engine_fork.forked_cores() if self._forks else contextlib.nullcontext():
+            return AsyncLLM.from_engine_args(_engine_args(self.spec))
 
     def _in_thread(self, function: Callable[[], T]) -> "asyncio.Future[T]":
         """Run a blocking function in a thread that lives until `stop`.

@@ -51,7 +51,7 @@ def die_with(owner: int) -> None:
         return
     _tied.add(owner)
     if os.getppid() == owner:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        die_with_parent()
 
     def wait() -> None:
         try:
@@ -66,3 +66,8 @@ def die_with(owner: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="owner-watch", daemon=True).start()
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when the thread that made it does, whatever state this is in then."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -11,10 +11,11 @@ of a workload and seed is the reward at which the synchronous run has made 80 % 
 a seed begin with the same policy, so their first evaluations are averaged; and each curve is made monotone by
 least squares (isotonic regression), so that one lucky evaluation is no hit. Each finished run is added to
 time_to_reward.json at once, so an interrupted benchmark goes on where it was. The speed of a shared machine
-changes from hour to hour, so only runs made one after the other are compared: where the machine's host kept
-back more than MOST_STOLEN of its cores during one run, or the same work took more than MOST_UNEVEN times as
-long before or after one run as beside another, the seed is made again whole, up to --attempts times; of
-several the attempt counts whose worst run lost least.
+changes from hour to hour: the same matrix products are timed before and after each run, and the run's seconds
+are divided by how much longer they took than in the median run of its seed. What one run sees change within
+itself cannot be mended so: where its host kept back more than MOST_STOLEN of the cores, or the products took
+more than MOST_UNEVEN times as long after the run as before it, or the reverse, the seed is made again whole,
+up to --attempts times; of several the attempt counts that was least uneven.
 """
 
 import argparse
@@ -163,18 +164,40 @@ def most_stolen(attempt: dict[str, dict[str, Any]]) -> float:
 
 
 def unevenness(attempt: dict[str, dict[str, Any]]) -> float:
-    """Longest over shortest time of the same work beside the attempt's runs; infinite where unknown."""
-    seconds = [one for run in attempt.values() for one in run.get("fixed_work_s", [0.0])]
-    return max(seconds) / min(seconds) if min(seconds) > 0 else math.inf
+    """Most by which the machine's speed changed between the two ends of one run; infinite where unknown."""
+    return max(_change(run.get("fixed_work_s")) for run in attempt.values())
+
+
+def _change(seconds: list[float] | None) -> float:
+    return max(seconds) / min(seconds) if seconds else math.inf
+
+
+def at_one_speed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs of one workload and seed, their seconds as a machine of the median run's speed would have taken.
+
+    Runs whose speed was not measured stay as they are.
+    """
+    if any("fixed_work_s" not in run for run in runs):
+        return runs
+    usual = median(mean(run["fixed_work_s"]) for run in runs)
+    scaled = []
+    for run in runs:
+        factor = usual / mean(run["fixed_work_s"])
+        timed = {
+            name: run[name] * factor for name in ("training_s", "step_s_median", "learner_step_s_median")
+        }
+        curve = [[moment * factor, reward] for moment, reward in run["curve"]]
+        scaled.append(run | timed | {"curve": curve, "speed_factor": factor})
+    return scaled
 
 
 def least_disturbed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each workload and seed the runs of one attempt: of those with most modes the most even one."""
+    """Of each workload and seed one attempt, at one speed: of those with most modes the most even."""
     chosen: list[dict[str, Any]] = []
     for workload, seed in sorted({(run["workload"], run["seed"]) for run in runs}):
         attempts = attempts_of(runs, workload, seed).values()
         best = min(attempts, key=lambda one: (-len(one), unevenness(one), most_stolen(one)))
-        chosen += best.values()
+        chosen += at_one_speed([*best.values()])
     return chosen
 
 

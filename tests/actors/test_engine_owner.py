@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -51,34 +52,45 @@ def test_who_receives_the_mark_of_an_owner_that_is_gone_ends() -> None:
     assert child.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.integration
-@pytest.mark.timeout(200)
-def test_an_engine_core_that_is_still_starting_ends_with_its_actor(tmp_path: Path) -> None:
-    """The owner is stopped, so that its core waits for an answer, and then killed."""
+@pytest.fixture
+def owner(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that starts an engine."""
     save_model(tmp_path / "model")
     script = tmp_path / "starts.py"
     script.write_text(STARTS_AN_ENGINE)
     environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
-    owner = subprocess.Popen([sys.executable, str(script), str(tmp_path / "model")], env=environment)
-    try:
-        core = first_core(owner.pid)
-        owner.send_signal(signal.SIGSTOP)
-        limit = time.monotonic() + 90
-        while "VLLM::EngineCore" not in " ".join(core.cmdline()) and time.monotonic() < limit:
-            time.sleep(0.1)
-        assert "VLLM::EngineCore" in " ".join(core.cmdline())
-    finally:
-        owner.kill()
-        owner.wait()
+    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "model")], env=environment)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("stopped", ["owner", "core"])
+def test_an_engine_core_that_is_still_starting_ends_with_its_actor(
+    owner: subprocess.Popen[bytes], stopped: str
+) -> None:
+    """A core whose owner is stopped waits for it; one that is stopped runs no thread to see its end."""
+    helper, core = first_core(owner.pid)
+    limit = time.monotonic() + 90
+    while "VLLM::EngineCore" not in " ".join(core.cmdline()):
+        assert time.monotonic() < limit, "the core did not start in time"
+        time.sleep(0.02)
+    (core if stopped == "core" else psutil.Process(owner.pid)).suspend()
+    owner.kill()
+    owner.wait()
     assert wait_gone(core.pid), "an engine core outlived its actor"
+    assert wait_gone(helper.pid), "the helper that forks engine cores outlived its actor"
 
 
-def first_core(owner: int) -> psutil.Process:
-    """The first process that the owner spawns for its engine."""
+def first_core(owner: int) -> tuple[psutil.Process, psutil.Process]:
+    """The helper that the owner starts for its engine, and the first process that it forks."""
     limit = time.monotonic() + 120
     while time.monotonic() < limit:
         for child in psutil.Process(owner).children():
-            if "spawn_main" in " ".join(child.cmdline()):
-                return child
+            if "forkserver" in " ".join(child.cmdline()):
+                for core in child.children():
+                    return child, core
         time.sleep(0.05)
     raise AssertionError("no engine core was started")

@@ -277,10 +277,10 @@ def test_requests_in_flight_live_through_two_syncs(worker: Any, loop: LoopThread
     old = {first: [p.clone() for p in learner.model.parameters()]}
 
     async def scenario() -> tuple[Any, list[Any]]:
-        sampling = asyncio.create_task(worker.sample(request(3, 3, 9, 4, size=48, new=240)))
+        sampling = asyncio.create_task(worker.sample(request(3, 3, 9, 4, size=96, new=240)))
         proofs = []
         for version in (first + 1, first + 2):
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.2)  # of the second or more that the requests take
             perturb(learner.model, version)
             old[version] = [p.clone() for p in learner.model.parameters()]
             proofs.append(await worker.load_weights(learner.publish(version)))
@@ -290,7 +290,7 @@ def test_requests_in_flight_live_through_two_syncs(worker: Any, loop: LoopThread
     assert [proof.version for proof in proofs] == [first + 1, first + 2]
     assert all(proof.requests_in_flight > 0 for proof in proofs)
     assert all(proof.probe_max_abs_diff < 1e-3 for proof in proofs)
-    assert len(group.completions) == 48, "none is lost"
+    assert len(group.completions) == 96, "none is lost"
     assert {v for c in group.completions for v in c.versions} == {first, first + 1, first + 2}
     for version, parameters in old.items():
         with torch.no_grad():
