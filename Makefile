@@ -11,6 +11,7 @@ STAMP := .venv/.installed
 # pip compiles on one core; compileall on all of them, without what no run imports. Some templates in
 # packages are no valid Python, so its exit status says nothing.
 UNUSED := /transformers/models/(?!__init__|auto|llama|qwen2|qwen3|gpt2|gemma)|/tests?/|/torch/testing/|/ray/rllib/|/pip/|/anthropic/types/
+PACKAGES := actors cluster learner rewards
 PYTEST_ARGS ?=
 
 .PHONY: demo test check audit format lock setup clean
@@ -24,14 +25,21 @@ $(STAMP): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.lock
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
-	-$(BIN)/python -m compileall -q -j 0 -x '$(UNUSED)' .venv/lib >/dev/null 2>&1
+	-$(BIN)/python -m compileall -q -j 0 -x '$(UNUSED)' .venv/lib $(PACKAGES) >/dev/null 2>&1
 	touch $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/headrace demo
 
+# All tests: those that neither start Ray, vLLM or DeepSpeed nor must run alone first, two at a time.
+# With PYTEST_ARGS what these choose, one after the other.
 test: $(STAMP)
+ifeq ($(strip $(PYTEST_ARGS)),)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration and not alone"
+	$(BIN)/python -m pytest -m "integration or alone"
+else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -351,6 +351,8 @@ class WatchedEngine:
         llm, self._llm = self._llm, None
         if self._watch is not None:
             self._watch.cancel()
+        if self._death is not None and self._death.done():
+            kill(set(self._processes))  # a core that is stopped would not hear that it should end
         if llm is not None:
             if llm.output_handler is not None:
                 llm.output_handler.cancel()  # else it logs the end of the engine core as a failure

@@ -202,7 +202,7 @@ def least_disturbed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Speed-up over sync to the same reward by workload and mode: median of paired ratios, and t interval."""
+    """Speed-up over sync to the same reward by workload and mode: median and interval of paired ratios."""
     table: dict[str, Any] = {}
     for workload in WORKLOADS:
         mine = [run for run in runs if run["workload"] == workload]
@@ -225,11 +225,13 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
         table[workload] = {
             mode: {
                 "speedup_median": median(values.values()),
-                "speedup_mean_ci95": _interval([*values.values()]),
+                "speedup_ci95": _interval([*values.values()]),
                 "seeds": len(values),
                 "target_missed": missed.get(mode, 0),
                 "speedups": values,
                 "step_s": median(r["step_s_median"] for r in mine if r["mode"] == mode),
+                "learner_step_s": median(r["learner_step_s_median"] for r in mine if r["mode"] == mode),
+                "wait_by_cause": _waits([r for r in mine if r["mode"] == mode]),
                 "lag_mean": mean(r["lag_mean"] for r in mine if r["mode"] == mode),
                 "wait_fraction": mean(r["wait_fraction"] for r in mine if r["mode"] == mode),
                 "efficiency": mean(r["efficiency"] for r in mine if r["mode"] == mode),
@@ -239,6 +241,15 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
             for mode, values in speedups.items()
         }
     return table
+
+
+def _waits(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Share of the training time that the learner waited, by cause: mean over runs."""
+    causes = runs[0]["wait_by_cause_s"]
+    return {
+        cause: mean(r["wait_by_cause_s"][cause] * r.get("speed_factor", 1.0) / r["training_s"] for r in runs)
+        for cause in causes
+    }
 
 
 def against_best(modes: dict[str, Any]) -> dict[str, Any] | None:
@@ -256,11 +267,12 @@ def against_best(modes: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _interval(values: list[float]) -> list[float] | None:
-    """95 % t interval of the mean of the paired ratios; None for a single one."""
+    """95 % t interval of the geometric mean of the paired ratios; None for a single one."""
     if len(values) < 2:
         return None
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return [mean(values) - half, mean(values) + half]
+    logs = [math.log(value) for value in values]
+    half = float(stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs))
+    return [math.exp(mean(logs) - half), math.exp(mean(logs) + half)]
 
 
 def show(table: dict[str, Any]) -> None:
@@ -269,7 +281,7 @@ def show(table: dict[str, Any]) -> None:
         if modes:
             print(f"\n{workload}: time to the same held-out reward, against sync")
         for mode, row in modes.items():
-            interval = row["speedup_mean_ci95"]
+            interval = row["speedup_ci95"]
             ends = f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "(one seed)"
             missed = f", target missed {row['target_missed']} times" if row["target_missed"] else ""
             print(

@@ -13,6 +13,8 @@ from cluster.prompt_cursor import PromptCursor
 from cluster.remote import WorkerFailedError
 from cluster.sampling import RewardErrorsError
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize("window", [0, 1, 3])
 @pytest.mark.parametrize("seed", range(3))

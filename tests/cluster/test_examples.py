@@ -20,6 +20,7 @@ SHORT: dict[str, Any] = {  # of an example with a generated task
     "task.train_size": 256,
     "task.heldout_size": 16,
     "task.demonstrations": 256,
+    "monitor.wandb": "disabled",
 }
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = (
@@ -96,6 +97,7 @@ def test_pretrained_on_a_local_folder(tmp_path: Path) -> None:
             "run.steps": 2,
             "run.batch_size": 16,
             "run.evaluate_prompts": 8,
+            "monitor.wandb": "disabled",
             "rollout.max_new_tokens": 16,
         },
     )

@@ -103,6 +103,9 @@ class Cluster:
             text = text.replace(shipped, plan.address(index))
         config: dict[str, Any] = yaml.safe_load(text)
         config["cluster_name"] = plan.name
+        # Workers whose head is gone end after this time instead of a minute.
+        commands = config["worker_start_ray_commands"]
+        commands[-1] = f"RAY_gcs_rpc_server_reconnect_timeout_s=20 {commands[-1]}"
         config["auth"] = {"ssh_user": "root", "ssh_private_key": str(plan.key)}
         config["file_mounts"] |= {
             "~/.ray/auth_token": str(self.token),
@@ -334,7 +337,7 @@ def test_a_run_survives_a_lost_host_and_uses_it_again(cluster: Cluster, tmp_path
 def test_down_leaves_no_ray_behind(cluster: Cluster) -> None:
     done = cluster.ray("down", "--yes", str(cluster.file))
     assert done.returncode == 0, done.stdout
-    # The workers' processes end when they have missed the head for a minute.
+    # The workers' processes end when they have missed the head for a while.
     for index in (HEAD, ROLLOUT, MIXED):
         wait_for(
             lambda index=index: cluster.hosts.run(index, "pgrep -c raylet || true").split()[-1] == "0",

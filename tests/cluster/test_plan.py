@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.calibrate import calibrate, measure, overlap, simulate_as, within_group
+from cluster.calibrate import Calibration, calibrate, measure, overlap, simulate_as, within_group
 from cluster.cli import main
 from cluster.config import JobConfig
 from cluster.config_file import dump_config, parse_config
@@ -111,8 +111,13 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_run_itself_is_given_back_within_a_tenth(run_dir: Path) -> None:
-    found = calibrate(run_dir, cores=2.0)
+@pytest.fixture(scope="module")
+def calibrated(run_dir: Path) -> Calibration:
+    return calibrate(run_dir, cores=2.0)
+
+
+def test_the_run_itself_is_given_back_within_a_tenth(calibrated: Calibration) -> None:
+    found = calibrated
     assert found.simulated.step_s == pytest.approx(found.measured.step_s, rel=0.1)
     assert found.simulated.lag_mean == pytest.approx(found.measured.lag_mean, rel=0.1)
 
@@ -130,9 +135,9 @@ def test_the_run_itself_is_given_back_within_a_tenth(run_dir: Path) -> None:
     ],
 )
 def test_other_settings_are_foretold_within_a_fifth(
-    run_dir: Path, tmp_path: Path, overrides: list[str]
+    calibrated: Calibration, tmp_path: Path, overrides: list[str]
 ) -> None:
-    workload = calibrate(run_dir, cores=2.0).workload
+    workload = calibrated.workload
     config = job(*overrides)
     write_run(tmp_path / "other", config, seed=9)
     truth = measure(tmp_path / "other")
@@ -141,8 +146,8 @@ def test_other_settings_are_foretold_within_a_fifth(
     assert foretold.lag_mean == pytest.approx(truth.lag_mean, rel=0.2, abs=0.05)
 
 
-def test_calibration_finds_lengths_and_their_correlation(run_dir: Path) -> None:
-    lengths = calibrate(run_dir, cores=2.0).workload.lengths
+def test_calibration_finds_lengths_and_their_correlation(calibrated: Calibration) -> None:
+    lengths = calibrated.workload.lengths
     assert float(lengths.at(np.array([0.5]))[0]) == pytest.approx(60, rel=0.1)
     # log-normal: the 90 % quantile is 60 · e^(0.7 · 1.2816) = 147
     assert float(lengths.at(np.array([0.9]))[0]) == pytest.approx(147, rel=0.12)

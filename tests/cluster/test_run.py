@@ -51,6 +51,9 @@ max_new_tokens = 8
 
 [optimizer]
 lr = 1e-3
+
+[monitor]
+wandb = "disabled"
 """
 SUMMARY_KEYS = (
     *("status", "objective", "steps", "wall_s", "reward_initial", "reward_final", "kl_final"),
@@ -156,7 +159,7 @@ def test_a_run_with_a_slow_learner_keeps_its_bound_and_leaves_what_it_promises(
     # Three passes in two minibatches make the learner slower than rollout, so the queue fills to the window.
     slow = ("--set", "ppo.epochs=3", "--set", "ppo.minibatches=2", "--set", "run.evaluate_every=2")
     judged = ("--set", "run.evaluate_samples=2", "--set", "run.pass_threshold=1")
-    run = start(SMALL, "--set", "scheduler.window=2", *slow, *judged)
+    run = start(SMALL, "--set", "scheduler.window=2", "--set", "monitor.wandb=offline", *slow, *judged)
     output = run.finish()
     assert run.process.returncode == 0, output
     summary = run.json("summary.json")
@@ -203,16 +206,24 @@ def test_a_run_with_a_slow_learner_keeps_its_bound_and_leaves_what_it_promises(
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
 
 
-def test_interrupt_saves_and_resume_goes_on_where_it_was(start: Callable[..., Run]) -> None:
+def test_lost_actors_have_successors_and_an_interrupted_run_goes_on_where_it_was(
+    start: Callable[..., Run],
+) -> None:
     # A wide window keeps groups under way at any moment at which the interrupt may come.
     wide = ("--set", "run.checkpoint_every=0", "--set", "scheduler.window=3")
-    run = start(SMALL, "--set", "run.steps=500", *wide)
+    run = start(SMALL, "--set", "run.steps=5000", *wide)
     run.wait_for(lambda: len(run.rows()) >= 3)
+    assert {address.split("%")[0] for address in run.listening()} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    lose_actors(run)
     run.process.send_signal(signal.SIGINT)
     output = run.finish()
     assert run.process.returncode == 1, output
     summary = run.json("summary.json")
-    assert summary["status"] == "interrupted"
+    assert summary["status"] == "interrupted", output
+    assert (summary["actors_lost"], summary["actors_joined"]) == (3, 2)
+    trained = [row["group"] for row in run.rows("rollouts.jsonl") if "group" in row]
+    assert len(trained) == len(set(trained)) == summary["groups_trained"]
+    assert summary["lag_max"] <= summary["lag_bound"]
     done = summary["steps"]
     state = run.json(f"checkpoints/step_{done:06d}/state.json")
     first_reward = run.rows()[0]["heldout/reward"]
@@ -228,12 +239,28 @@ def test_interrupt_saves_and_resume_goes_on_where_it_was(start: Callable[..., Ru
     assert moments == sorted(moments)  # one clock over both starts
     assert len(moments) == done + 2
     assert "mismatch/engine" in resumed.rows()[done + 1]  # what the first start measured is remembered
-    # Each prompt handed out is trained once: those under way at the interrupt came first, none is left over.
+    # Each prompt handed out is trained once, lost actors or not: those under way at the interrupt came first,
+    # none is left over.
     final = resumed.json(f"checkpoints/step_{done + 2:06d}/state.json")
     assert state["pending"]
     assert final["pending"] == []
     handed_out = final["cursor"]["epoch"] * final["cursor"]["size"] + final["cursor"]["position"]
     assert handed_out == (done + 2) * 32 // 4
+
+
+def lose_actors(run: Run) -> None:
+    """Kill an actor of each kind but the learner; each time others come, and training goes on."""
+    successions = {  # an engine core is not missed before the successor of its predecessor has one
+        "RolloutWorker": "rollout-0.2 joined in the place of rollout-0",
+        "EngineCore": "rollout-0.3 joined in the place of rollout-0.2",
+        "ScoringWorker": "scoring-0.2 scores in the place of scoring-0",
+    }
+    for lost, (victim, succession) in enumerate(successions.items(), start=1):
+        run.child(victim).kill()
+        run.wait_for(lambda said=succession: said in (run.run_dir / "events.log").read_text())
+        run.wait_for(lambda lost=lost: run.rows()[-1].get("actors/lost") == lost)
+        steps = len(run.rows())
+        run.wait_for(lambda steps=steps: len(run.rows()) >= steps + 3)
 
 
 OWN_DATA = """
@@ -273,6 +300,8 @@ cores = 0.5
 [ppo]
 value_model = "critic"
 kl_control = "adaptive"
+[monitor]
+wandb = "disabled"
 """
 GRADE = """
 import time
@@ -337,31 +366,6 @@ def test_a_killed_learner_ends_the_run_and_is_named(start: Callable[..., Run]) -
     assert "learner-0" in run.json("summary.json")["error"], output
     assert (run.run_dir / "report.html").exists()
     assert run.json("checkpoints/latest.json")["step"] >= 2
-
-
-def test_killed_rollout_engine_and_scoring_processes_have_successors(start: Callable[..., Run]) -> None:
-    run = start(SMALL, "--set", "run.steps=500", "--set", "run.checkpoint_every=0")
-    run.wait_for(lambda: len(run.rows()) >= 3)
-    assert {address.split("%")[0] for address in run.listening()} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    successions = {  # an engine core is not missed before the successor of its predecessor has one
-        "RolloutWorker": "rollout-0.2 joined in the place of rollout-0",
-        "EngineCore": "rollout-0.3 joined in the place of rollout-0.2",
-        "ScoringWorker": "scoring-0.2 scores in the place of scoring-0",
-    }
-    for lost, (victim, succession) in enumerate(successions.items(), start=1):
-        run.child(victim).kill()
-        run.wait_for(lambda said=succession: said in (run.run_dir / "events.log").read_text())
-        run.wait_for(lambda lost=lost: run.rows()[-1].get("actors/lost") == lost)
-        steps = len(run.rows())
-        run.wait_for(lambda steps=steps: len(run.rows()) >= steps + 3)
-    run.process.send_signal(signal.SIGINT)
-    output = run.finish()
-    summary = run.json("summary.json")
-    assert summary["status"] == "interrupted", output
-    assert (summary["actors_lost"], summary["actors_joined"]) == (3, 2)
-    trained = [row["group"] for row in run.rows("rollouts.jsonl") if "group" in row]
-    assert len(trained) == len(set(trained)) == summary["groups_trained"]
-    assert summary["lag_max"] <= summary["lag_bound"]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -90,7 +90,7 @@ def test_a_users_file_is_split_and_its_bad_rows_are_put_aside(tmp_path: Path) ->
 
 @pytest.mark.integration
 def test_a_run_learns_and_a_resumed_one_ends_the_same(tmp_path: Path) -> None:
-    whole = run_job(job(), tmp_path / "whole")
+    whole = run_job(job("run.checkpoint_every=6", "run.keep_checkpoints=2"), tmp_path / "whole")
     assert whole["status"] == "completed", whole["error"]
     # Before training the policy knows nothing: about the logarithm of the vocabulary's size.
     vocabulary = len(build_tokenizer(get_task("reversal").alphabet(), 32))
@@ -99,9 +99,9 @@ def test_a_run_learns_and_a_resumed_one_ends_the_same(tmp_path: Path) -> None:
 
     part = tmp_path / "part"
     # As a run that was killed after its sixth update: its checkpoint is there, the rest is not.
-    run_job(job("run.checkpoint_every=6", "run.keep_checkpoints=2"), part)
+    shutil.copytree(tmp_path / "whole", part)
     for path in (part / "checkpoints").glob("step_000012*"):
-        _remove(path)
+        shutil.rmtree(path)
     (part / "checkpoints" / "latest.json").write_text(json.dumps({"folder": "step_000006"}))
     resumed = run_job(job("run.checkpoint_every=6"), part, resume=True)
     assert resumed["status"] == "completed", resumed["error"]
@@ -115,9 +115,3 @@ def test_a_run_learns_and_a_resumed_one_ends_the_same(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(policy).config.hidden_size == 32
     with pytest.raises(ConfigError, match="already has 12"):
         run_job(job("run.checkpoint_every=6"), part, resume=True)
-
-
-def _remove(path: Any) -> None:
-    import shutil
-
-    shutil.rmtree(path)

@@ -16,6 +16,8 @@ from wandb_files import logged
 from cluster.monitor import Monitor
 from cluster.wandb_copy import stored_id, wandb_mode
 
+pytestmark = pytest.mark.alone
+
 CANARY_ENV = "canary-of-the-environment-42"
 CANARY_CONFIG = "canary-of-the-configuration-43"
 CONFIG = {

@@ -34,7 +34,12 @@ ROLES = ("learner", "rollout", "scoring")
 def nodes() -> Iterator[dict[str, Any]]:
     """A node of 4 CPUs for each role, named by its resource; the driver is on the learner's."""
     cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 4, "resources": {"headrace_learner": 1}}
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 4,
+            "resources": {"headrace_learner": 1},
+            "include_dashboard": False,
+        },
     )
     made = {"learner": cluster.head_node}
     for role in ROLES[1:]:
@@ -108,9 +113,9 @@ def test_each_role_goes_to_the_hosts_that_have_its_resource(factory: Any, nodes:
 
 
 def test_what_cannot_be_placed_is_said_with_what_there_is(factory: Any) -> None:
-    workers = factory("rollout.actors=5", "rollout.cores=1")
+    workers = factory("rollout.actors=5", "rollout.cores=1", "cluster.start_timeout_s=1")
     with pytest.raises(
-        PlacementError, match=r"waited 3 s .* 5 rollout actors of 1 CPU, 0\.001 headrace_rollout"
+        PlacementError, match=r"waited 1 s .* 5 rollout actors of 1 CPU, 0\.001 headrace_rollout"
     ) as e:
         asyncio.run(workers.reserve())
     assert "4 CPU, 1 headrace_rollout" in str(e.value)
@@ -118,7 +123,7 @@ def test_what_cannot_be_placed_is_said_with_what_there_is(factory: Any) -> None:
 
 
 def test_ranks_that_must_be_on_hosts_of_their_own_need_so_many(factory: Any) -> None:
-    workers = factory("learner.ranks=2", "learner.placement=strict_spread")
+    workers = factory("learner.ranks=2", "learner.placement=strict_spread", "cluster.start_timeout_s=1")
     with pytest.raises(PlacementError, match="2 learner actors"):
         asyncio.run(workers.reserve())
     packed = factory("learner.ranks=2")

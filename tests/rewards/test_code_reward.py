@@ -14,6 +14,8 @@ from rewards.code_tests import Case, Verdict, cases_of, judge, program_of, same
 from rewards.sandbox import Sandbox, SandboxError
 from rewards.settings import RewardSettings, TaskSettings
 
+pytestmark = pytest.mark.alone
+
 # f(x) = 3x + 1 at four places
 TESTS = [{"input": [x], "output": 3 * x + 1} for x in (0, 2, -5, 70)]
 ROW = {"tests": TESTS, "entry_point": "f"}

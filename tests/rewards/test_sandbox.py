@@ -12,6 +12,8 @@ import pytest
 
 from rewards.sandbox import PROJECT, SandboxError, SandboxLimits
 
+pytestmark = pytest.mark.alone
+
 
 def test_ordinary_programs_run(sandbox):
     outcome = sandbox.run(

@@ -15,6 +15,8 @@ from sandbox_helpers import LIMITS, denied, run
 
 from rewards.sandbox import Sandbox, SandboxError
 
+pytestmark = pytest.mark.alone
+
 # --- Files -----------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@
 import pytest
 from sandbox_helpers import LIMITS, left_running, run
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize(
     "program",

@@ -20,6 +20,8 @@ from rewards.build import build_reward
 from rewards.child_process import child_environment
 from rewards.settings import RewardSettings
 
+pytestmark = pytest.mark.alone
+
 # Each function is asked for by the tests below; `completion` says what to do where one name serves several.
 REWARDS = """
 import ctypes, math, os, signal, subprocess, sys, time, collections, decimal, fractions
