@@ -40,6 +40,33 @@ def wait_cause(*, enough_ready: bool, refusal: Refusal) -> WaitCause:
 
 
 @dataclass(slots=True)
+class Occupancy:
+    """How long all of several places were taken at once. The caller has the clock."""
+
+    _taken: int = 0
+    _full: bool = False
+    _since: float = 0.0
+    _seconds: float = 0.0
+
+    def change(self, by: int, places: int, now: float) -> None:
+        """So many more of the places are taken from now on."""
+        self._count(now)
+        self._taken += by
+        self._full = 0 < places <= self._taken
+
+    def lap(self, now: float) -> float:
+        """Seconds since it was last asked in which no place was free."""
+        self._count(now)
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _count(self, now: float) -> None:
+        if self._full:
+            self._seconds += now - self._since
+        self._since = now
+
+
+@dataclass(slots=True)
 class Stopwatch:
     """Processor time that this thread spends in `with` blocks, in seconds. Blocks do not nest."""
 

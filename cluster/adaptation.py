@@ -55,6 +55,7 @@ class Adaptation:
         sync_seconds: float,
         published: bool,
         ready_left: int,
+        saturated_seconds: float = 0.0,
     ) -> list[Decision]:
         """Take in what a step measured, add the drift to its row, and give the decisions that it led to.
 
@@ -74,6 +75,7 @@ class Adaptation:
                 sync_seconds=sync_seconds,
                 published=published,
                 ready_left=ready_left,
+                saturated_seconds=saturated_seconds,
                 bins=bins,
                 ess=row.get("mismatch/ess", math.nan),
             )

@@ -28,7 +28,7 @@ class Seen:
 
     step: int
     seconds: float
-    mendable: float  # seconds of the learner's wait that a larger window can mend
+    mendable: float  # seconds that a larger window can save of the learner's wait
     ahead: float  # seconds of it that more groups under way can mend
     waited: float  # seconds of it for whatever cause
     ready_left: int
@@ -50,12 +50,14 @@ def summarise(m: StepMeasurement) -> Seen:
         found = [m.wait_seconds.get(cause, 0.0) for cause in causes]
         return sum(found) if all(0 <= seconds <= _LONGEST_STEP for seconds in found) else math.nan
 
+    # However far sampling runs ahead, a step takes at least as long as scoring is at work without a break.
+    saturated = m.saturated_seconds if 0 <= m.saturated_seconds <= _LONGEST_STEP else 0.0
     top = max(usable_bins(m.bins), key=lambda found: found.lag, default=None)
     low = math.nan if top is None else top.kl - (top.kl_se if math.isfinite(top.kl_se) else top.kl)
     return Seen(
         step=m.step,
         seconds=m.step_seconds if 0 < m.step_seconds <= _LONGEST_STEP else math.nan,
-        mendable=wait(*WINDOW_CAUSES),
+        mendable=min(wait(*WINDOW_CAUSES), max(0.0, m.step_seconds - saturated)),
         ahead=wait("ahead"),
         waited=wait(*CAUSES),
         ready_left=max(0, m.ready_left),

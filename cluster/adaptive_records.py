@@ -54,6 +54,7 @@ class StepMeasurement:
     ready_left: int  # ready groups left after this step took its P
     bins: tuple[LagBin, ...]
     ess: float  # over all tokens of the step, on raw weights
+    saturated_seconds: float = 0.0  # in which every scoring actor was at work
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,12 +164,16 @@ class Controller:
             self.sampling.finished_steps = step.number + 1
             # From one step's end to the next: what a step takes, publishing included.
             period, last = self._now() - last, self._now()
-            self._adapt(step, ready_left, period)
+            saturated = min(period, self.sampling.scoring.saturated_lap())
+            self._adapt(step, ready_left, period, saturated)
             await self._publish(step)
             self.totals.waited(step.waits)
             self.totals.train_s += self._now() - began
             # Neither is part of a pace that the window could mend.
-            last += step.waits[WaitCause.EVALUATION] + await self._pause(step)
+            paused = await self._pause(step)
+            last += step.waits[WaitCause.EVALUATION] + paused
+            if paused:
+                self.sampling.scoring.saturated_lap()
         await self._previous_sync()
         await self._previous_evaluation()
         if self._published < scheduler.step:  # stopped where none were due: the last evaluation needs them
@@ -193,8 +197,9 @@ class Controller:
             waits[cause] += self._now() - since
         return waits
 
-    def _adapt(self, step: _Step, ready_left: int, period: float) -> None:
+    def _adapt(self, step: _Step, ready_left: int, period: float, saturated: float) -> None:
         """Let measurement set the window, the groups ahead and the publish interval, and say what it did."""
+        step.row["perf/scoring_saturated_fraction"] = saturated / period
         with self.sampling.deciding:
             decisions = self.adaptation.after_step(
                 step.number + 1,
@@ -204,6 +209,7 @@ class Controller:
                 sync_seconds=self._load_seconds,
                 published=self._published == step.number,
                 ready_left=ready_left,
+                saturated_seconds=saturated,
             )
         for decision in decisions:
             self.hooks.on_decision(decision)

@@ -210,6 +210,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("perf/tokens_per_s", "Response tokens trained / `timing_s/step`.", "tokens/s", "steady", "Falls: see which `timing_s/*` grew."),
         Metric("perf/padding_fraction", "1 − real tokens / tokens that the learner computed on.", "share", "below 0.05", "Raise `learner.micro_batch_tokens`."),
         Metric("perf/learner_wait_fraction", "`wait/learner_s` / `timing_s/step`.", "share", "below 0.2", "High: add rollout actors or raise `scheduler.window`."),
+        Metric("perf/scoring_saturated_fraction", "Share of the step, from the end of the one before, in which every scoring actor was at work. A wider window cannot make a step shorter than that.", "share", "below 0.9", "Scoring is the bottleneck: raise `scoring.actors` or `scoring.cores`, or make the reward quicker."),
         Metric("perf/scoring_exposed_fraction", "`wait/scoring_exposed_s` / `timing_s/step`.", "share", "below 0.02", "Raise `scoring.actors`, `scoring.cores` or `scheduler.window`, or use a smaller reward model."),
         Metric("wait/scoring_exposed_s", "Time that the learner waited while nothing but scoring was outstanding: had scoring taken none, the step would have begun that much earlier. A part of `wait/learner_s`.", "s", "near 0", "As `perf/scoring_exposed_fraction`."),
         Metric("perf/rollout_wait_fraction", "`wait/rollout_s` / `timing_s/step`.", "share", "below 0.3", "High: raise `scheduler.window`, or use fewer actors."),

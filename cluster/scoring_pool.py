@@ -5,6 +5,7 @@ have a discriminator, an actor loads the version that was announced last before 
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from actors.records import DiscriminatorProof, DiscriminatorUpdate, Group, Rewar
 from actors.settings import BATCH_GROUPS, ScoringSettings
 from actors.shipping import ShippedFolder
 from actors.waits import DeadlineExceeded
+from cluster.accounts import Occupancy
 from cluster.remote import LossError, Remote, WorkerFailedError, WorkerLostError
 
 _MOST_LOSSES = 3  # actors lost over one group: then it is likely the group's fault
@@ -52,6 +54,11 @@ class ScoringPool:
         self._discriminator: DiscriminatorUpdate | None = None
         self._loaded: dict[str, int] = {}
         self._proofs: list[DiscriminatorProof] = []
+        self._at_work = Occupancy()
+
+    def saturated_lap(self) -> float:
+        """Seconds since it was last asked in which every actor was scoring: none could have scored more."""
+        return self._at_work.lap(time.perf_counter())
 
     async def start(self, seconds: float, reference: ShippedFolder | None = None) -> None:
         """Load the reference and the rewards in every actor, later in their successors, within `seconds`.
@@ -119,7 +126,7 @@ class ScoringPool:
                 await self._keep_up(remote)
                 if not batch:
                     continue
-                answers = await remote.call("score", [waiting.group for waiting in batch], seconds=seconds)
+                answers = await self._call(remote, batch, seconds)
             except WorkerLostError as error:
                 self._put_back(batch, error)
                 remote = await self._successor(remote, error)
@@ -127,6 +134,18 @@ class ScoringPool:
             for waiting, answer in zip(batch, answers, strict=True):
                 if not waiting.answer.done():  # its waiter may have been cancelled
                     waiting.answer.set_result(answer)
+
+    async def _call(
+        self, remote: Remote, batch: list[_Waiting], seconds: float
+    ) -> list[Group | RewardFailure]:
+        self._at_work.change(1, len(self.remotes), time.perf_counter())
+        try:
+            answers: list[Group | RewardFailure] = await remote.call(
+                "score", [waiting.group for waiting in batch], seconds=seconds
+            )
+            return answers
+        finally:
+            self._at_work.change(-1, len(self.remotes), time.perf_counter())
 
     def _put_back(self, batch: list[_Waiting], error: WorkerLostError) -> None:
         for waiting in batch:

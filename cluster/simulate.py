@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from actors.settings import BATCH_GROUPS
-from cluster.accounts import WaitCause, wait_cause
+from cluster.accounts import Occupancy, WaitCause, wait_cause
 from cluster.adaptation import Adaptation
 from cluster.dispatch import Dispatcher, next_dispatch
 from cluster.plan_model import Workload
@@ -61,6 +61,7 @@ class Simulation:
         self._lost: deque[int] = deque()  # groups to dispatch again
         self._to_score: deque[Flight] = deque()
         self._free_scorers = plant.scorers
+        self._scorers = Occupancy()
         self._published = 0
         self._finished = 0  # learner steps
         self._syncing: set[str] = set()  # actors that have not proved the newest weights
@@ -226,6 +227,7 @@ class Simulation:
         while self._to_score and self._free_scorers:
             batch = [self._to_score.popleft() for _ in range(min(BATCH_GROUPS, len(self._to_score)))]
             self._free_scorers -= 1
+            self._scorers.change(1, self.plant.scorers, self._clock.wall)
             self._share_cores()
             self._clock.after(
                 scoring.call_s + scoring.group_s * len(batch), self._batch_scored, (self._clock.wall, batch)
@@ -234,6 +236,7 @@ class Simulation:
     def _batch_scored(self, what: tuple[float, list[Flight]], _: int) -> None:
         started, batch = what
         self._free_scorers += 1
+        self._scorers.change(-1, self.plant.scorers, self._clock.wall)
         self._share_cores()
         self._notes.span("scoring", "scoring", started)
         moved = False
@@ -408,4 +411,5 @@ class Simulation:
             sync_seconds=sync.load_s + sync.actor_s * self.plant.actors if before else 0.0,
             published=self._published == record.step,
             ready_left=record.queued,
+            saturated_seconds=self._scorers.lap(self._clock.wall),
         )

@@ -4,6 +4,7 @@ import pytest
 
 from actors.records import Completion, Group, Prompt, SampledGroup, Trajectory
 from cluster.accounts import (
+    Occupancy,
     Stopwatch,
     TakenGroup,
     Totals,
@@ -40,6 +41,19 @@ def test_a_stopwatch_adds_up_processor_time_and_laps(monkeypatch: pytest.MonkeyP
     with watch:
         pass
     assert (watch.lap(), watch.lap(), watch.total) == (1.0, 0.0, 1.75)
+
+
+def test_seconds_in_which_every_place_was_taken() -> None:
+    places = Occupancy()
+    places.change(1, 2, 10.0)
+    places.change(1, 2, 11.0)  # both from 11 …
+    assert places.lap(14.0) == 3.0
+    places.change(-1, 2, 15.0)  # … to 15
+    places.change(0, 1, 20.0)  # one of the two is lost: the other is all there is, from 20 …
+    assert places.lap(22.0) == 1.0 + 2.0
+    places.change(-1, 1, 23.0)  # … to 23
+    places.change(0, 0, 24.0)  # none is left, and none is at work
+    assert (places.lap(30.0), places.lap(31.0)) == (1.0, 0.0)
 
 
 def test_lag_is_split_at_the_moment_the_group_was_ready() -> None:

@@ -36,13 +36,15 @@ class Script:
         ess: float = 1.0,
         ready_left: int = 0,
         sync_seconds: float = 0.01,
+        saturated_seconds: float = 0.0,
     ) -> list[Decision]:
         """`count` such steps; returns what they changed."""
         made = []
         for _ in range(count):
-            made += self.rule.after_step(
-                StepMeasurement(self.step, seconds, wait or {}, sync_seconds, True, ready_left, bins, ess)
+            measured = StepMeasurement(
+                self.step, seconds, wait or {}, sync_seconds, True, ready_left, bins, ess, saturated_seconds
             )
+            made += self.rule.after_step(measured)
             self.step += 1
         self.decisions += made
         return made
@@ -99,6 +101,16 @@ def test_no_raise_for_what_a_larger_window_cannot_mend(cause: str) -> None:
     s = script(1)
     s.feed(20, wait={cause: 0.7}, bins=MILD)
     assert s.rule.window == 1
+
+
+def test_no_raise_beyond_what_scoring_leaves_to_save() -> None:
+    """The learner waits .7 s of a second; scorers are at work for all but .03 s of it, or for half."""
+    s = script(1)
+    s.feed(20, wait={"window": 0.7}, bins=MILD, saturated_seconds=0.97)
+    assert s.rule.window == 1
+    made = script(1).feed(2, wait={"window": 0.7}, bins=MILD, saturated_seconds=0.5)
+    assert ("window", 1, 2) in settings_of(made)
+    assert made[0].inputs["wait_share"] == pytest.approx(0.5)  # all that a larger window could save
 
 
 def test_no_raise_without_measured_mismatch() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,23 @@ def test_what_is_taken_up_after_an_announcement_is_scored_by_it() -> None:
     assert {versions[number] for number in range(20, 40)} == {2}
     assert [proof.version for proof in pool.take_proofs()].count(2) >= 1
     assert pool.take_proofs() == []
+
+
+def test_the_time_in_which_all_actors_score_is_counted() -> None:
+    actors = [Actor("a"), Actor("b")]
+    pool = ScoringPool(actors, ScoringSettings())  # type: ignore[arg-type]
+    lone: list[float] = []
+
+    async def story() -> None:
+        await pool.score(sampled(0))
+        lone.append(pool.saturated_lap())
+        await asyncio.gather(*(pool.score(sampled(number)) for number in range(1, 60)))
+
+    began = time.perf_counter()
+    serve(pool, story)
+    assert lone == [0.0]  # one was free
+    assert 0 < pool.saturated_lap() < time.perf_counter() - began
+    assert pool.saturated_lap() == 0.0
 
 
 def test_an_idle_actor_loads_without_being_asked_to_score() -> None:

@@ -308,6 +308,19 @@ def test_the_adaptive_rule_keeps_the_window_small_where_drift_is_large() -> None
     assert found.window <= 1.5
 
 
+def test_the_adaptive_rule_keeps_the_window_small_where_scoring_is_the_bottleneck() -> None:
+    # Sampling takes 1 s and learning 2 s, but the scorer takes 4 s for the groups of a step, whatever S is.
+    slow = {"scoring": {"call_s": 0.0, "group_s": 1.0}, "drift": {"engine": 1e-4, "per_version": 1e-4}}
+    steps = [
+        Simulation(plant(window, slots=8), workload(**slow), steps=80).run().steady().step_s
+        for window in (1, 4)
+    ]
+    assert steps == pytest.approx([4.0, 4.0], rel=0.02)
+    found = Simulation(plant("adaptive", slots=8), workload(**slow), steps=80).run()
+    assert {record.window for record in found.records} == {1}
+    assert found.steady().learner_wait_fraction > 0.3
+
+
 # ---- lengths ---------------------------------------------------------------------------------------------
 
 
