@@ -1,5 +1,6 @@
 """An engine's processes end with the actor that started them, whenever that ends."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -89,8 +90,9 @@ def first_core(owner: int) -> tuple[psutil.Process, psutil.Process]:
     limit = time.monotonic() + 120
     while time.monotonic() < limit:
         for child in psutil.Process(owner).children():
-            if "forkserver" in " ".join(child.cmdline()):
-                for core in child.children():
-                    return child, core
+            with contextlib.suppress(psutil.Error):  # some children end while they are looked at
+                if "forkserver" in " ".join(child.cmdline()):
+                    for core in child.children():
+                        return child, core
         time.sleep(0.05)
     raise AssertionError("no engine core was started")
