@@ -201,46 +201,65 @@ def least_disturbed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return chosen
 
 
+def speedups_of(curves: dict[str, list[list[float]]]) -> dict[str, float | None]:
+    """Sync's time to GAIN of its own gain over each mode's; None for a mode that does not reach it."""
+    fitted = monotone(curves)
+    first, last = (fitted["sync"][place][1] for place in (0, -1))
+    target = first + GAIN * (last - first)
+    base = time_to(fitted["sync"], target)
+    times = {mode: time_to(curve, target) for mode, curve in fitted.items()}
+    return {mode: base / reached if base and reached else None for mode, reached in times.items()}
+
+
+def pooled(runs: list[dict[str, Any]]) -> dict[str, float | None]:
+    """`speedups_of` the mean curves over seeds: one evaluation's luck counts less than seed by seed."""
+    curves: dict[str, list[list[float]]] = {}
+    for mode in {run["mode"] for run in runs}:
+        points = zip(*(run["curve"] for run in runs if run["mode"] == mode), strict=True)
+        curves[mode] = [[mean(values) for values in zip(*point, strict=True)] for point in points]
+    return speedups_of(curves)
+
+
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Speed-up over sync to the same reward by workload and mode: median and interval of paired ratios."""
+    """By workload and mode: speed-up over sync to the same reward, by seed and pooled, and its causes."""
     table: dict[str, Any] = {}
     for workload in WORKLOADS:
         mine = [run for run in runs if run["workload"] == workload]
-        speedups: dict[str, dict[str, float]] = {}
-        missed: dict[str, int] = {}
-        for seed in sorted({run["seed"] for run in mine}):
-            by_mode = {run["mode"]: run for run in mine if run["seed"] == seed}
-            if "sync" not in by_mode:
-                continue
-            curves = monotone({mode: run["curve"] for mode, run in by_mode.items()})
-            first, last = (curves["sync"][place][1] for place in (0, -1))
-            target = first + GAIN * (last - first)
-            base = time_to(curves["sync"], target)
-            for mode, curve in curves.items():
-                reached = time_to(curve, target)
-                if reached is None or base is None:
-                    missed[mode] = missed.get(mode, 0) + 1
-                else:
-                    speedups.setdefault(mode, {})[str(seed)] = base / reached
+        by_seed = [[r for r in mine if r["seed"] == seed] for seed in sorted({r["seed"] for r in mine})]
+        by_seed = [group for group in by_seed if any(run["mode"] == "sync" for run in group)]
+        found = {group[0]["seed"]: speedups_of({r["mode"]: r["curve"] for r in group}) for group in by_seed}
+        together = pooled(mine) if by_seed else {}
         table[workload] = {
-            mode: {
-                "speedup_median": median(values.values()),
-                "speedup_ci95": _interval([*values.values()]),
-                "seeds": len(values),
-                "target_missed": missed.get(mode, 0),
-                "speedups": values,
-                "step_s": median(r["step_s_median"] for r in mine if r["mode"] == mode),
-                "learner_step_s": median(r["learner_step_s_median"] for r in mine if r["mode"] == mode),
-                "wait_by_cause": _waits([r for r in mine if r["mode"] == mode]),
-                "lag_mean": mean(r["lag_mean"] for r in mine if r["mode"] == mode),
-                "wait_fraction": mean(r["wait_fraction"] for r in mine if r["mode"] == mode),
-                "efficiency": mean(r["efficiency"] for r in mine if r["mode"] == mode),
-                "scheduler_share": mean(r["scheduler_share"] for r in mine if r["mode"] == mode),
-                "reward_final": mean(r["reward_final"] for r in mine if r["mode"] == mode),
-            }
-            for mode, values in speedups.items()
+            mode: _row(
+                [run for run in mine if run["mode"] == mode],
+                {str(seed): one[mode] for seed, one in found.items() if mode in one},
+                {r["seed"]: r["training_s"] for r in mine if r["mode"] == "sync"},
+            )
+            | {"speedup_pooled": together[mode]}
+            for mode in MODES
+            if mode in together
         }
     return table
+
+
+def _row(
+    runs: list[dict[str, Any]], speedups: dict[str, float | None], sync_s: dict[int, float]
+) -> dict[str, Any]:
+    """What the summary says of a mode: `speedups` by seed, None where the target was missed."""
+    reached = {seed: value for seed, value in speedups.items() if value is not None}
+    means = ("lag_mean", "wait_fraction", "efficiency", "scheduler_share", "reward_final")
+    return {
+        "speedup_median": median(reached.values()) if reached else None,
+        "speedup_ci95": _interval([*reached.values()]),
+        "seeds": len(reached),
+        "target_missed": len(speedups) - len(reached),
+        "speedups": reached,
+        "same_steps_speedup": median(sync_s[r["seed"]] / r["training_s"] for r in runs),
+        "step_s": median(r["step_s_median"] for r in runs),
+        "learner_step_s": median(r["learner_step_s_median"] for r in runs),
+        "wait_by_cause": _waits(runs),
+        **{name: mean(r[name] for r in runs) for name in means},
+    }
 
 
 def _waits(runs: list[dict[str, Any]]) -> dict[str, float]:
@@ -253,15 +272,16 @@ def _waits(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def against_best(modes: dict[str, Any]) -> dict[str, Any] | None:
-    """The adaptive window against the fixed one with the largest median speed-up: below 1 it was faster."""
-    fixed = {mode: row for mode, row in modes.items() if mode.startswith("S=")}
-    if "adaptive" not in modes or not fixed:
+    """The adaptive window against the fixed one that was fastest, seeds pooled: below 1 it was faster."""
+    fixed = {mode: row for mode, row in modes.items() if mode.startswith("S=") and row["speedup_pooled"]}
+    if "adaptive" not in modes or not fixed or modes["adaptive"]["speedup_pooled"] is None:
         return None
-    best = max(fixed, key=lambda mode: fixed[mode]["speedup_median"])
+    best = max(fixed, key=lambda mode: fixed[mode]["speedup_pooled"])
     theirs, mine = fixed[best]["speedups"], modes["adaptive"]["speedups"]
     return {
         "best_fixed": best,
-        "time_ratio_median": median(theirs[seed] / mine[seed] for seed in theirs if seed in mine),
+        "time_ratio_pooled": fixed[best]["speedup_pooled"] / modes["adaptive"]["speedup_pooled"],
+        "time_ratios": {seed: theirs[seed] / mine[seed] for seed in theirs if seed in mine},
         "step_ratio": modes["adaptive"]["step_s"] / fixed[best]["step_s"],
     }
 
@@ -282,19 +302,24 @@ def show(table: dict[str, Any]) -> None:
             print(f"\n{workload}: time to the same held-out reward, against sync")
         for mode, row in modes.items():
             interval = row["speedup_ci95"]
-            ends = f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "(one seed)"
+            ends = f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
             missed = f", target missed {row['target_missed']} times" if row["target_missed"] else ""
             print(
-                f"  {mode:9s} {row['speedup_median']:.2f}× {ends}  step {row['step_s']:.2f} s, mean lag "
-                f"{row['lag_mean']:.2f}, learner waits {row['wait_fraction']:.0%}, η "
-                f"{row['efficiency']:.2f}, scheduler {row['scheduler_share']:.1%} of a step, final reward "
-                f"{row['reward_final']:.3f}{missed}"
+                f"  {mode:9s} pooled {_times(row['speedup_pooled'])}, seeds' median "
+                f"{_times(row['speedup_median'])} {ends}, same steps {row['same_steps_speedup']:.2f}×; step "
+                f"{row['step_s']:.2f} s, mean lag {row['lag_mean']:.2f}, learner waits "
+                f"{row['wait_fraction']:.0%}, η {row['efficiency']:.2f}, scheduler "
+                f"{row['scheduler_share']:.1%} of a step, final reward {row['reward_final']:.3f}{missed}"
             )
         if found := against_best(modes):
             print(
-                f"  adaptive reached it in {found['time_ratio_median']:.2f} of the time of the best fixed "
+                f"  adaptive reached it in {found['time_ratio_pooled']:.2f} of the time of the best fixed "
                 f"window ({found['best_fixed']}), at {found['step_ratio']:.2f} of its step time"
             )
+
+
+def _times(ratio: float | None) -> str:
+    return "target missed" if ratio is None else f"{ratio:.2f}×"
 
 
 def missing(
