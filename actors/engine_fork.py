@@ -35,6 +35,7 @@ class _Core(context.ForkServerProcess):
 
     def run(self) -> None:
         import setproctitle  # vLLM's own
+        import torch
 
         os.close(_server()._forkserver_alive_fd)  # or the helper would wait for the core's end too
         engine_owner.die_with_parent()
@@ -42,6 +43,7 @@ class _Core(context.ForkServerProcess):
         gc.enable()
         setproctitle.getproctitle()  # finds the title's place, which it cannot once the environment moves
         os.environ.update(self._environment)
+        torch.cpu._init_amx()  # each process asks anew; else AMX, which bfloat16 uses, is illegal
         super().run()
 
 

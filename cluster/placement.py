@@ -230,6 +230,8 @@ def _check_resources(needed: Resources) -> None:
 def _link_logs(run_dir: Path) -> None:
     """Leave a link to Ray's own logs, the first place to look when an actor died."""
     link = run_dir / "ray-logs"
+    if link.is_dir() and not link.is_symlink():
+        return  # the folder was copied with what the link led to: nothing that is there is deleted
     link.unlink(missing_ok=True)
     session_dir = ray._private.worker._global_node.get_session_dir_path() if ray.is_initialized() else None
     if session_dir:

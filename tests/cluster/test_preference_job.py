@@ -291,7 +291,7 @@ def test_a_run_learns_and_a_resumed_one_ends_the_same(tmp_path: Path) -> None:
     assert all(f'id="preference_{name}"' in report for name in ("loss", "accuracy", "rewards", "logprobs"))
 
     part = tmp_path / "part"
-    shutil.copytree(tmp_path / "whole", part)
+    shutil.copytree(tmp_path / "whole", part, symlinks=True)
     for folder in (part / "checkpoints").glob("step_*"):
         if folder.name != "step_000005":
             shutil.rmtree(folder)

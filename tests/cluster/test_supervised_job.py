@@ -99,7 +99,7 @@ def test_a_run_learns_and_a_resumed_one_ends_the_same(tmp_path: Path) -> None:
 
     part = tmp_path / "part"
     # As a run that was killed after its sixth update: its checkpoint is there, the rest is not.
-    shutil.copytree(tmp_path / "whole", part)
+    shutil.copytree(tmp_path / "whole", part, symlinks=True)
     for path in (part / "checkpoints").glob("step_000012*"):
         shutil.rmtree(path)
     (part / "checkpoints" / "latest.json").write_text(json.dumps({"folder": "step_000006"}))
