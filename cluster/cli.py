@@ -6,6 +6,7 @@ Heavy imports stand inside the commands, so that --help answers at once.
 
 import argparse
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Shells start what is to run in the background so, but whoever sends it there all the same means it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status: int = options.run(options)
     except ValueError as error:  # what the user can mend; everything else keeps its traceback

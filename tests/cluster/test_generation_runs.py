@@ -137,7 +137,10 @@ def test_an_evaluation_writes_tables_samples_and_a_picture(
 
 
 def test_soft_best_of_n_goes_on_after_an_interrupt(checkpoint: Path, tmp_path: Path) -> None:
-    """A low λ takes the best, as best-of-n does; what was done before the interrupt is not done again."""
+    """A low λ takes the best, as best-of-n does; what was done before the interrupt is not done again.
+
+    The command is started as by a shell in the background: with SIGINT ignored.
+    """
     words = [f"{a}{b}=" for a in "abcd" for b in "efghij"]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in words))
     (tmp_path / "mine.py").write_text(
@@ -156,7 +159,11 @@ def test_soft_best_of_n_goes_on_after_an_interrupt(checkpoint: Path, tmp_path: P
         *map(str, arguments + chosen + reward),
         *SMALL,
     ]
-    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and stopped.poll() is None:
         if partial.exists() and partial.read_text().count("\n") > 2:
