@@ -114,6 +114,7 @@ def one_run(workload: str, seed: int, mode: str, steps: int, folder: Path) -> di
         "wait_by_cause_s": summary["wait_by_cause"],
         "rollout_wait_fraction": summary["rollout_wait_fraction"],
         "efficiency": mean(row["perf/efficiency"] for row in steady),
+        "scoring_saturated_median": median(row["perf/scoring_saturated_fraction"] for row in steady),
         "scheduler_share": sum(row["timing_s/scheduler"] for row in steady)
         / sum(row["timing_s/step"] for row in steady),
         "lag_mean": summary["lag_mean"],
