@@ -7,6 +7,7 @@ dashboard, gone with the run.
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from learner.settings import LearnerSettings
 from learner.worker import LearnerJob
 
 _GIB = 1024**3
+_LOOK_EVERY_S = 1.0
 _SLIVER = 0.001  # of a host's role resource: it says where an actor may go, not how many fit
 SHARED_GPU = 0.45  # of one GPU, for the learner and for the actor where they share it
 
@@ -127,6 +129,7 @@ def _connected(settings: ClusterSettings, run_dir: Path, *, cores: float) -> Ite
                 "programs on it. Start it, and this job, with RAY_AUTH_MODE=token (docs/cluster.md)"
             )
         ray.init(address=address, namespace="headrace", log_to_driver=False, logging_level=logging.ERROR)
+        wait_for_cores(cores, settings.start_timeout_s)
     else:
         _start_private_ray(settings, cores)
     try:
@@ -134,6 +137,21 @@ def _connected(settings: ClusterSettings, run_dir: Path, *, cores: float) -> Ite
         yield
     finally:
         ray.shutdown()
+
+
+def wait_for_cores(cores: float, seconds: float) -> None:
+    """Wait until the cluster has so many cores, or no longer: hosts join for a while after `ray up`.
+
+    What is missing even then is for `_check_resources` to say.
+    """
+    deadline = time.monotonic() + seconds
+    said = False
+    while (have := ray.cluster_resources().get("CPU", 0)) < cores and time.monotonic() < deadline:
+        if not said:
+            words = f"waiting for hosts: the job asks for {cores:g} CPUs, the cluster has {have:g} so far"
+            print(words, flush=True)  # no monitor is at work yet that could say it
+            said = True
+        time.sleep(_LOOK_EVERY_S)
 
 
 def _start_private_ray(settings: ClusterSettings, cores: float) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from cluster import placement
 from cluster.config import JobConfig
 from cluster.config_file import parse_config
 from cluster.placement import PlacementError, colocated, needed_resources, sampler_seed, sync_backend
@@ -107,3 +108,16 @@ def test_engines_have_seeds_of_their_own() -> None:
     assert len(seeds) == 5**3
     assert all(0 <= seed < 2**32 for seed in seeds)
     assert sampler_seed(3, 1, 20) == sampler_seed(3, 1, 20)
+
+
+def test_hosts_that_join_after_the_head_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cores = iter([2.0, 2.0, 4.0, 6.0])
+    monkeypatch.setattr(placement, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(placement.ray, "cluster_resources", lambda: {"CPU": next(cores)})
+    placement.wait_for_cores(3.65, 60)
+    assert next(cores) == 6.0  # it went on as soon as there were 4
+    assert capsys.readouterr().out.count("asks for 3.65 CPUs, the cluster has 2 so far") == 1
+    monkeypatch.setattr(placement.ray, "cluster_resources", dict)
+    placement.wait_for_cores(1, 0.01)  # they never come: who asked is told by what follows
