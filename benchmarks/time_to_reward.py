@@ -1,6 +1,6 @@
 """Wall-clock to the same held-out reward: synchronous, fixed windows and the adaptive one, paired over seeds.
 
-    python -m benchmarks.time_to_reward [--workloads tail verifier learner] [--seeds 3] [--steps 40]
+    python -m benchmarks.time_to_reward [--workloads tail verifier even] [--seeds 3] [--steps 40]
     python -m benchmarks.time_to_reward --summarise
 
 Every run of a seed starts from the same warmed-up policy and the same data. `scheduler.window` differs, and
