@@ -57,7 +57,10 @@ class _Context(context.ForkServerContext):
 
 
 def begin() -> None:
-    """Start the helper, unless it runs, in the environment that its forks are to begin with."""
+    """Start the helper, unless it runs, in the environment that its forks are to begin with.
+
+    Of several engines in one process the first decides what libraries read as they load, such as threads.
+    """
     multiprocessing.get_context("forkserver").set_forkserver_preload(_MODULES)
     before = os.environ.get(_PRELOAD)
     allocator = _library("vllm", "libs/libtcmalloc*.so*")
@@ -81,7 +84,7 @@ def _library(package: str, *patterns: str) -> str | None:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """For a block of imports: the collector would spend a fifth of their time on what they make and keep."""
+    """For a block of imports: the collector would look again and again at what they make and keep."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,6 @@
 """What an engine core on a CPU imports, all at once: the helper of `engine_fork` begins with this module.
 
-The collector stays off: it would look again and again at what imports make and keep, a fifth of their time.
-The forks turn it on.
+The collector stays off: it would look again and again at what imports make and keep. The forks turn it on.
 """
 
 import gc
