@@ -33,6 +33,7 @@ from cluster.monitor import read_rows  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "cluster_times.json"
 STEPS_BEFORE, STEPS_AFTER, SYNC_STEPS = 6, 4, 12
+ENDING_S = 400  # of an interrupted run: its step, an evaluation and a checkpoint on what hosts are left
 JOB = """
 [run]
 steps = {steps}
@@ -68,6 +69,9 @@ window = {window}
 lr = 1e-5
 [monitor]
 wandb = "disabled"
+[cluster]
+hosts = 3
+start_timeout_s = 300
 """
 
 
@@ -88,7 +92,7 @@ def sync_seconds(cluster: Cluster, actors: int) -> float:
 
 def lost_host(cluster: Cluster) -> dict[str, Any]:
     """Cut a rollout host off in mid-run: what the run then waits, and what it leaves out."""
-    job = JOB.format(steps=10_000, batch=256, hidden=256, layers=4, actors=2, window=4)
+    job = JOB.format(steps=10_000, batch=128, hidden=256, layers=4, actors=2, window=4)
     process = start(cluster, "lost", job)
     log = cluster.folder / "submit.log"
     ends: list[float] = []
@@ -104,7 +108,7 @@ def lost_host(cluster: Cluster) -> dict[str, Any]:
         lost_at = len(ends)
         wait_for(lambda: watch(lost_at + STEPS_AFTER), 300, "the steps after", process, log)
         cluster.hosts.run(HEAD, "pkill -INT -f 'cluster.cli train'")
-        process.wait(120)
+        process.wait(ENDING_S)
     finally:
         process.kill()
         process.wait()
@@ -158,6 +162,7 @@ def main() -> None:
             "sync_s": {str(actors): sync_seconds(cluster, actors) for actors in (1, 2)},
         }
         results["sync_ratio"] = results["sync_s"]["2"] / results["sync_s"]["1"]
+        print(json.dumps(results, indent=1), flush=True)
         results["lost_host"] = lost_host(cluster)
         cluster.ray("down", "--yes", str(cluster.file))
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -78,6 +78,12 @@ class ClusterSettings(Settings):
     start_timeout_s: float = Field(
         120, gt=0, description="Deadline for Ray to start and place actors, in seconds."
     )
+    hosts: int = Field(
+        1,
+        ge=1,
+        description="Actors are placed once the cluster has so many hosts. After `ray up` workers join one by "
+        "one; a job that starts sooner cannot place actors by the roles and GPUs of hosts still to come.",
+    )
     object_store_gib: float = Field(
         0.5, gt=0.07, le=1024, description="Object store of a private Ray, in GiB."
     )
@@ -87,7 +93,16 @@ class JobConfig(Settings):
     """A whole job. Every table but `[model]` and `[[reward]]`, and `[data]` or `[task]`, has defaults."""
 
     objective: Literal[
-        "ppo", "reinforce++", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "online_dpo"
+        "ppo",
+        "reinforce++",
+        "reinforce++_baseline",
+        "rloo",
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "gspo",
+        "cispo",
+        "online_dpo",
     ] = Field(
         "ppo",
         description="What the job optimises. Each objective sets those of `[ppo]` that you leave out; see "

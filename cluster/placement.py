@@ -129,7 +129,7 @@ def _connected(settings: ClusterSettings, run_dir: Path, *, cores: float) -> Ite
                 "programs on it. Start it, and this job, with RAY_AUTH_MODE=token (docs/cluster.md)"
             )
         ray.init(address=address, namespace="headrace", log_to_driver=False, logging_level=logging.ERROR)
-        wait_for_cores(cores, settings.start_timeout_s)
+        wait_for_hosts(settings, cores)
     else:
         _start_private_ray(settings, cores)
     try:
@@ -139,19 +139,37 @@ def _connected(settings: ClusterSettings, run_dir: Path, *, cores: float) -> Ite
         ray.shutdown()
 
 
-def wait_for_cores(cores: float, seconds: float) -> None:
-    """Wait until the cluster has so many cores, or no longer: hosts join for a while after `ray up`.
+def wait_for_hosts(settings: ClusterSettings, cores: float) -> None:
+    """Wait until the cluster has `settings.hosts` hosts and so many cores, or no longer than allowed.
 
-    What is missing even then is for `_check_resources` to say.
+    Raises PlacementError where hosts are missing even then; of cores `_check_resources` says it.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + settings.start_timeout_s
     said = False
-    while (have := ray.cluster_resources().get("CPU", 0)) < cores and time.monotonic() < deadline:
-        if not said:
-            words = f"waiting for hosts: the job asks for {cores:g} CPUs, the cluster has {have:g} so far"
-            print(words, flush=True)  # no monitor is at work yet that could say it
+    while True:
+        hosts, have = _alive_hosts(), ray.cluster_resources().get("CPU", 0)
+        if hosts >= settings.hosts and have >= cores:
+            return
+        if time.monotonic() >= deadline:
+            break
+        if not said:  # no monitor is at work yet that could say it
+            print(
+                f"waiting for hosts: the job asks for {cores:g} CPUs and cluster.hosts = {settings.hosts}, the "
+                f"cluster has {have:g} CPUs on {hosts} host(s) so far",
+                flush=True,
+            )
             said = True
         time.sleep(_LOOK_EVERY_S)
+    if hosts < settings.hosts:
+        raise PlacementError(
+            f"cluster.hosts = {settings.hosts}, but the cluster has {hosts} host(s) after "
+            f"cluster.start_timeout_s = {settings.start_timeout_s:g}; lower it, or see with `ray status` and in "
+            "the output of `ray up` why the others don't join"
+        )
+
+
+def _alive_hosts() -> int:
+    return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 def _start_private_ray(settings: ClusterSettings, cores: float) -> None:

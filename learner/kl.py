@@ -43,8 +43,11 @@ _LATER = "; it leaves out what a token does to the KL of those after it"
 _CAVEATS: dict[tuple[Place, Estimator], str] = {
     ("reward", "k2"): "the expected gradient is E[δ²/2 · ∇log π], of second order near the reference: "
     "there it hardly holds the policy back",
-    ("reward", "k3"): "the expected gradient is that of KL(π‖π_ref) − KL(π_ref‖π), of second order near the "
-    "reference: there it hardly holds the policy back",
+    (
+        "reward",
+        "k3",
+    ): "the expected gradient is that of KL(π‖π_ref) less, at each token, that of KL(π_ref‖π); "
+    "near the reference it is of second order: there it hardly holds the policy back",
     ("loss", "k1"): "the expected gradient is 0: it adds noise and holds nothing back",
     ("loss", "k2"): "the gradient is that of KL(π‖π_ref) for one token" + _LATER,
     ("loss", "k3"): "the gradient is that of KL(π_ref‖π), the forward one, for one token" + _LATER,
@@ -54,8 +57,10 @@ _CAVEATS: dict[tuple[Place, Estimator], str] = {
 def gradient_caveat(place: Place, kind: Estimator) -> str | None:
     """What the estimator descends there, in words, where it is not KL(π‖π_ref); δ = log π − log π_ref.
 
-    Inside the reward the gradient is E[k·∇log π]. With k3 = e^{−δ} − 1 + δ that is E[δ·∇log π] = ∇KL(π‖π_ref)
-    plus E[e^{−δ}·∇log π] = Σ π_ref ∇log π = −∇KL(π_ref‖π). In the loss it is E[∇k]: E[∇log π] = 0 for k1,
+    Inside the reward the gradient is E[k·∇log π] for a token. With k3 = e^{−δ} − 1 + δ that is E[δ·∇log π] =
+    ∇KL(π‖π_ref) plus E[e^{−δ}·∇log π] = Σ π_ref ∇log π = −∇KL(π_ref‖π); over a response E[k3] of each token is
+    its KL(π‖π_ref), so what it does to later tokens is counted as with k1, and the second part is a sum over
+    the states s that π visits, Σ_s d_π(s)·∇KL(π_ref,s‖π_s). In the loss it is E[∇k]: E[∇log π] = 0 for k1,
     E[δ·∇log π] for k2, −Σ π_ref ∇log π for k3.
     """
     return _CAVEATS.get((place, kind))

@@ -15,6 +15,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "reinforce++": {
         "ppo": {"advantage": "reward_to_go", "value_model": "none", "whiten_advantages": True},
     },
+    # The same paper's form for several samples a prompt: R less the mean of its group, whitened over the batch;
+    # the KL penalty is a loss of its own, k2.
+    "reinforce++_baseline": {
+        "ppo": {
+            "advantage": "group_mean",
+            "value_model": "none",
+            "whiten_advantages": True,
+            "kl_in": "loss",
+            "kl_estimator": "k2",
+        },
+    },
     # Ahmadian et al., arXiv 2402.14740: a response is one action, its return R − β·Σ_t k1.
     "rloo": {
         "ppo": {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OBJECTIVES = ("reinforce++", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo")
+OBJECTIVES = ("reinforce++", "reinforce++_baseline", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo")
 
 
 @dataclass
@@ -34,6 +34,7 @@ def published_loss(objective: str, responses: list[Response], limit: int) -> Ten
     advantages = _advantages(objective, responses, limit)
     losses = {
         "reinforce++": _token_mean,
+        "reinforce++_baseline": _reinforce_baseline,
         "rloo": _rloo,
         "grpo": _grpo,
         "dr_grpo": lambda r, a: (
@@ -54,6 +55,8 @@ def _advantages(objective: str, responses: list[Response], limit: int) -> list[T
     """(|y|,) for each response."""
     if objective == "reinforce++":
         return _reinforce(responses)
+    if objective == "reinforce++_baseline":
+        return _less_group_mean_whitened(responses)
     found = []
     for one in responses:
         returns = {id(x): x.reward for x in responses}
@@ -95,6 +98,18 @@ def _reinforce(responses: list[Response]) -> list[Tensor]:
     return [torch.tensor([(value - mean) / std for value in row]) for row in rows]
 
 
+def _less_group_mean_whitened(responses: list[Response]) -> list[Tensor]:
+    """REINFORCE++ with baseline: R − mean R of the group, then mean 0 and variance 1 over all tokens."""
+    centred = [
+        one.reward - statistics.fmean(x.reward for x in _members(responses, one.group)) for one in responses
+    ]
+    flat = [value for one, value in zip(responses, centred, strict=True) for _ in range(one.length)]
+    mean, std = statistics.fmean(flat), statistics.pstdev(flat)
+    return [
+        torch.full((one.length,), (value - mean) / std) for one, value in zip(responses, centred, strict=True)
+    ]
+
+
 def _clipped(one: Response, advantage: Tensor, high: float = 0.2) -> Tensor:
     ratio = (one.logprobs - one.old).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1 + high) * advantage)
@@ -103,6 +118,11 @@ def _clipped(one: Response, advantage: Tensor, high: float = 0.2) -> Tensor:
 def _token_mean(responses: list[Response], advantages: list[Tensor], high: float = 0.2) -> Tensor:
     total = sum(_clipped(one, a, high).sum() for one, a in zip(responses, advantages, strict=True))
     return total / sum(one.length for one in responses)
+
+
+def _reinforce_baseline(responses: list[Response], advantages: list[Tensor]) -> Tensor:
+    penalty = sum((one.logprobs - one.reference).square().sum() / 2 for one in responses)
+    return _token_mean(responses, advantages) + 0.05 * penalty / sum(one.length for one in responses)
 
 
 def _grpo(responses: list[Response], advantages: list[Tensor]) -> Tensor:
