@@ -81,8 +81,8 @@ class ClusterSettings(Settings):
     hosts: int = Field(
         1,
         ge=1,
-        description="Actors are placed once the cluster has so many hosts. After `ray up` workers join one by "
-        "one; a job that starts sooner cannot place actors by the roles and GPUs of hosts still to come.",
+        description="Actors are placed once the cluster has so many hosts. After `ray up` workers join one "
+        "by one; a job that starts sooner cannot place actors by the roles and GPUs of hosts still to come.",
     )
     object_store_gib: float = Field(
         0.5, gt=0.07, le=1024, description="Object store of a private Ray, in GiB."

@@ -154,8 +154,8 @@ def wait_for_hosts(settings: ClusterSettings, cores: float) -> None:
             break
         if not said:  # no monitor is at work yet that could say it
             print(
-                f"waiting for hosts: the job asks for {cores:g} CPUs and cluster.hosts = {settings.hosts}, the "
-                f"cluster has {have:g} CPUs on {hosts} host(s) so far",
+                f"waiting for hosts: the job asks for {cores:g} CPUs and cluster.hosts = {settings.hosts}, "
+                f"the cluster has {have:g} CPUs on {hosts} host(s) so far",
                 flush=True,
             )
             said = True
@@ -163,8 +163,8 @@ def wait_for_hosts(settings: ClusterSettings, cores: float) -> None:
     if hosts < settings.hosts:
         raise PlacementError(
             f"cluster.hosts = {settings.hosts}, but the cluster has {hosts} host(s) after "
-            f"cluster.start_timeout_s = {settings.start_timeout_s:g}; lower it, or see with `ray status` and in "
-            "the output of `ray up` why the others don't join"
+            f"cluster.start_timeout_s = {settings.start_timeout_s:g}; lower it, or see with `ray status` and "
+            "in the output of `ray up` why the others don't join"
         )
 
 

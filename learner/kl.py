@@ -58,10 +58,10 @@ def gradient_caveat(place: Place, kind: Estimator) -> str | None:
     """What the estimator descends there, in words, where it is not KL(π‖π_ref); δ = log π − log π_ref.
 
     Inside the reward the gradient is E[k·∇log π] for a token. With k3 = e^{−δ} − 1 + δ that is E[δ·∇log π] =
-    ∇KL(π‖π_ref) plus E[e^{−δ}·∇log π] = Σ π_ref ∇log π = −∇KL(π_ref‖π); over a response E[k3] of each token is
-    its KL(π‖π_ref), so what it does to later tokens is counted as with k1, and the second part is a sum over
-    the states s that π visits, Σ_s d_π(s)·∇KL(π_ref,s‖π_s). In the loss it is E[∇k]: E[∇log π] = 0 for k1,
-    E[δ·∇log π] for k2, −Σ π_ref ∇log π for k3.
+    ∇KL(π‖π_ref) plus E[e^{−δ}·∇log π] = Σ π_ref ∇log π = −∇KL(π_ref‖π); over a response E[k3] of each token
+    is its KL(π‖π_ref), so what it does to later tokens is counted as with k1, and the second part is a sum
+    over the states s that π visits, Σ_s d_π(s)·∇KL(π_ref,s‖π_s). In the loss it is E[∇k]: E[∇log π] = 0 for
+    k1, E[δ·∇log π] for k2, −Σ π_ref ∇log π for k3.
     """
     return _CAVEATS.get((place, kind))
 

@@ -15,8 +15,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "reinforce++": {
         "ppo": {"advantage": "reward_to_go", "value_model": "none", "whiten_advantages": True},
     },
-    # The same paper's form for several samples a prompt: R less the mean of its group, whitened over the batch;
-    # the KL penalty is a loss of its own, k2.
+    # The same paper's form for several samples a prompt: R less the mean of its group, whitened over the
+    # batch; the KL penalty is a loss of its own, k2.
     "reinforce++_baseline": {
         "ppo": {
             "advantage": "group_mean",
