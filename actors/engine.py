@@ -89,7 +89,7 @@ def refuse_head_size(model_path: str) -> None:
     from transformers import AutoConfig
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    config = AutoConfig.from_pretrained(model_path).get_text_config()
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if size not in sizes:
@@ -378,7 +378,9 @@ def end_tokens(model_path: str) -> frozenset[int]:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     found: set[int] = set()
-    sources: list[Any] = [AutoTokenizer.from_pretrained(model_path), AutoConfig.from_pretrained(model_path)]
+    sources: list[Any] = [
+        kind.from_pretrained(model_path, trust_remote_code=False) for kind in (AutoTokenizer, AutoConfig)
+    ]
     if not Path(model_path).is_dir() or (Path(model_path) / "generation_config.json").exists():
         with contextlib.suppress(OSError):  # a hub model without that file
             sources.append(GenerationConfig.from_pretrained(model_path))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from actors.packing import MicroBatch, Pair, pack, scatter
+from rewards.models.weights import unsafe_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,15 +118,8 @@ def refuse_unusable_folder(path: str) -> None:
         json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"model path = {path!r}: config.json is not valid JSON ({error})") from error
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        found = (
-            f"only pickled weights ({', '.join(pickled[:3])}), which could run code" if pickled else "none"
-        )
-        raise ValueError(
-            f"model path = {path!r}: weights must be *.safetensors, found {found}; "
-            "save the model again with save_pretrained"
-        )
+    if unsafe := unsafe_weights(folder):
+        raise ValueError(f"model path = {path!r}: {unsafe}")
 
 
 def prepare_for_training(model: "PreTrainedModel") -> None:

@@ -70,7 +70,6 @@ lr = 1e-5
 [monitor]
 wandb = "disabled"
 [cluster]
-hosts = 3
 start_timeout_s = 300
 """
 

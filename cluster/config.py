@@ -79,13 +79,10 @@ class ClusterSettings(Settings):
         120, gt=0, description="Deadline for Ray to start and place actors, in seconds."
     )
     hosts: int = Field(
-        1,
-        ge=1,
-        description="Actors are placed once the cluster has so many hosts. After `ray up` workers join one "
-        "by one; a job that starts sooner cannot place actors by the roles and GPUs of hosts still to come.",
-    )
-    object_store_gib: float = Field(
-        0.5, gt=0.07, le=1024, description="Object store of a private Ray, in GiB."
+        0,
+        ge=0,
+        description="Actors are placed once the cluster has so many hosts, within `start_timeout_s`. 0: "
+        "those that the file of `ray up` promises, but what has not come by then is done without.",
     )
 
 
@@ -284,7 +281,7 @@ class JobConfig(Settings):
 
     def _scoring_rule(self) -> Rule:
         """A group must be able to take as long as all its completions may, one after another."""
-        children = sum(uses_child(one) for one in self.reward)
+        children = sum(uses_child(one, self.task) for one in self.reward)
         each, group = self.scoring.reward_timeout_s, self.rollout.group_size
         needed = each * group * children
         return Rule(
@@ -292,8 +289,8 @@ class JobConfig(Settings):
             "scoring.timeout_s",
             self.scoring.timeout_s,
             f"is less than scoring.reward_timeout_s = {each:g} for each of rollout.group_size = {group} "
-            f"completions and {children} function, regex or code reward(s); set it to {needed:g} or more, "
-            "or lower scoring.reward_timeout_s",
+            f"completions and {children} reward(s) by a function, a regex or code; set it to {needed:g} or "
+            "more, or lower scoring.reward_timeout_s",
         )
 
     def _online_dpo_rules(self) -> list[Rule]:

@@ -1,7 +1,7 @@
 """All actors of a run: reserved, made, known by role, replaced where they are lost, stopped at the end."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from actors.scoring import ShippedModels
 from actors.shipping import ShippedFolder, ship
 from cluster.adversarial import learner_group
 from cluster.config import JobConfig
+from cluster.joining import roles_without_host
 from cluster.learner_group import LearnerGroup
 from cluster.recruiting import Recruiter
 from cluster.remote import Remote
@@ -50,6 +51,7 @@ class Crew:
         """
         factory = make(config, job, reference_path=reference_path, cuda=cuda, step=step)
         await factory.reserve()
+        _say_layout(factory.layout(), on_event)
         places = config.rollout.actors
         recruiter = Recruiter(
             create=factory.rollout,
@@ -84,6 +86,14 @@ class Crew:
         """Stop every actor and give the places back."""
         await stop_all(self.everyone())
         self.factory.release()
+
+
+def _say_layout(layout: Mapping[str, str], on_event: Callable[[str], None]) -> None:
+    """Who is where, if there are several hosts; and whose actors no host was named for."""
+    for role in roles_without_host():
+        on_event(f"warning: no host has the role {role!r}: its actors run wherever there is room")
+    if len(set(layout.values())) > 1:
+        on_event("places: " + "; ".join(f"{place} on {host}" for place, host in sorted(layout.items())))
 
 
 def shipped(config: JobConfig, folder: Path | None) -> ShippedFolder | None:

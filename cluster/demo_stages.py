@@ -88,10 +88,10 @@ objective = "ppo"
 
 [run]
 name = "demo"
-steps = 20
+steps = 24
 batch_size = 256
 evaluate_every = 4
-checkpoint_every = 20
+checkpoint_every = 24
 seed = {seed}
 
 [model]
@@ -120,7 +120,7 @@ max_groups_in_flight = 64
 max_num_seqs = 256
 
 [scheduler]
-window = 1
+window = 2
 
 [learner]
 threads = 2

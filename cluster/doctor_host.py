@@ -237,7 +237,8 @@ def listeners_check(host: str, facts: HostFacts) -> Check:
             host,
             "fail",
             f"reachable from other machines without a token: {shown}{more}",
-            "stop that Ray (ray stop) and start it with RAY_AUTH_MODE=token",
+            "stop that Ray (ray stop) and start it as cluster/launch/host.sh does: with RAY_AUTH_MODE=token "
+            "and no ports for metrics",
         )
     if facts.hidden_processes:
         return Check(

@@ -1,10 +1,12 @@
 """Which of Ray's processes listen beyond loopback, from /proc. Standard library only; see doctor_facts.
 
 A process is under token authentication if its environment says RAY_AUTH_MODE=token. Ray's workers write their
-title over their environment, so where a process says nothing its parents are asked.
+title over their environment, so where a process says nothing its parents are asked. Some of Ray's servers ask
+for no token even so (those for metrics), hence each port is also asked for a page.
 """
 
 import contextlib
+import http.client
 import ipaddress
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ _RAY_MARKS = (
     "/ray/util/",
 )
 _GENERATIONS = 4
+_PAGES = ("/", "/metrics", "/api/jobs/")
+_ANSWER_S = 2.0
 
 
 def ray_listeners(proc: str = "/proc") -> tuple[list[dict[str, Any]], int]:
@@ -39,8 +43,25 @@ def ray_listeners(proc: str = "/proc") -> tuple[list[dict[str, Any]], int]:
         for inode in sorted(inodes & reachable.keys()):
             address, port = reachable[inode]
             name = Path(title.split("\0", 1)[0]).name or title
-            found.append({"process": name, "address": address, "port": port, "auth": _auth(root, folder)})
+            auth = "none: it gives pages to anyone" if gives_pages(address, port) else _auth(root, folder)
+            found.append({"process": name, "address": address, "port": port, "auth": auth})
     return found, hidden
+
+
+def gives_pages(address: str, port: int) -> bool:
+    """Whether a port answers HTTP without a token, other than by refusing."""
+    anywhere = ipaddress.ip_address(address).is_unspecified
+    for page in _PAGES:
+        connection = http.client.HTTPConnection("127.0.0.1" if anywhere else address, port, timeout=_ANSWER_S)
+        try:
+            connection.request("GET", page)
+            if connection.getresponse().status < http.client.BAD_REQUEST:
+                return True
+        except (OSError, http.client.HTTPException):  # it speaks something else, or is too slow
+            return False
+        finally:
+            connection.close()
+    return False
 
 
 def _reachable_sockets(root: Path) -> dict[str, tuple[str, int]]:

@@ -7,8 +7,7 @@ dashboard, gone with the run.
 import logging
 import math
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,17 @@ import ray
 from ray._private import ray_constants
 
 from cluster.config import ClusterSettings, JobConfig
+from cluster.joining import PlacementError, wait_for_hosts
 from cluster.preference_job.online import ONLINE_DPO
 from cluster.prepare import Prepared
+from cluster.redact import secret_variables
 from learner.publish import resolve_backend
 from learner.settings import LearnerSettings
 from learner.worker import LearnerJob
 
 _GIB = 1024**3
-_LOOK_EVERY_S = 1.0
 _SLIVER = 0.001  # of a host's role resource: it says where an actor may go, not how many fit
 SHARED_GPU = 0.45  # of one GPU, for the learner and for the actor where they share it
-
-
-class PlacementError(RuntimeError):
-    """The cluster lacks what the job asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +94,8 @@ def ray_session(config: JobConfig, run_dir: Path) -> Iterator[bool]:
 
     Raises PlacementError, before any actor starts, if the cluster is too small.
     """
-    with _connected(config.cluster, run_dir, cores=needed_resources(config, gpus=0).cores):
+    cores = needed_resources(config, gpus=0).cores
+    with _connected(config.cluster, run_dir, cores=cores, keep=config.scoring.reward_env):
         cuda = _use_cuda(config.learner)
         gpus = usable_gpus(cuda)
         sync_backend(config, gpus)  # refuses here what cannot work
@@ -117,8 +114,10 @@ def learner_session(learner: LearnerSettings, cluster: ClusterSettings, run_dir:
 
 
 @contextmanager
-def _connected(settings: ClusterSettings, run_dir: Path, *, cores: float) -> Iterator[None]:
-    """Ray, the cluster's or a private one that promises so many cores."""
+def _connected(
+    settings: ClusterSettings, run_dir: Path, *, cores: float, keep: Sequence[str] = ()
+) -> Iterator[None]:
+    """Ray, the cluster's or a private one that promises so many cores; actors see the secrets in `keep`."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = settings.address
@@ -131,7 +130,7 @@ def _connected(settings: ClusterSettings, run_dir: Path, *, cores: float) -> Ite
         ray.init(address=address, namespace="headrace", log_to_driver=False, logging_level=logging.ERROR)
         wait_for_hosts(settings, cores)
     else:
-        _start_private_ray(settings, cores)
+        _start_private_ray(settings, cores, keep)
     try:
         _link_logs(run_dir)
         yield
@@ -139,42 +138,9 @@ def _connected(settings: ClusterSettings, run_dir: Path, *, cores: float) -> Ite
         ray.shutdown()
 
 
-def wait_for_hosts(settings: ClusterSettings, cores: float) -> None:
-    """Wait until the cluster has `settings.hosts` hosts and so many cores, or no longer than allowed.
-
-    Raises PlacementError where hosts are missing even then; of cores `_check_resources` says it.
-    """
-    deadline = time.monotonic() + settings.start_timeout_s
-    said = False
-    while True:
-        hosts, have = _alive_hosts(), ray.cluster_resources().get("CPU", 0)
-        if hosts >= settings.hosts and have >= cores:
-            return
-        if time.monotonic() >= deadline:
-            break
-        if not said:  # no monitor is at work yet that could say it
-            print(
-                f"waiting for hosts: the job asks for {cores:g} CPUs and cluster.hosts = {settings.hosts}, "
-                f"the cluster has {have:g} CPUs on {hosts} host(s) so far",
-                flush=True,
-            )
-            said = True
-        time.sleep(_LOOK_EVERY_S)
-    if hosts < settings.hosts:
-        raise PlacementError(
-            f"cluster.hosts = {settings.hosts}, but the cluster has {hosts} host(s) after "
-            f"cluster.start_timeout_s = {settings.start_timeout_s:g}; lower it, or see with `ray status` and "
-            "in the output of `ray up` why the others don't join"
-        )
-
-
-def _alive_hosts() -> int:
-    return sum(bool(node["Alive"]) for node in ray.nodes())
-
-
-def _start_private_ray(settings: ClusterSettings, cores: float) -> None:
+def _start_private_ray(settings: ClusterSettings, cores: float, keep: Sequence[str]) -> None:
     """A Ray of this job's own, which nobody on another machine, or of another user, can reach."""
-    with _loopback_only(), _private_files():
+    with _loopback_only(), _private_files(), _without_secrets(keep):
         ray.init(
             address="local",
             # A private Ray may promise more cores than there are: the actors then share them.
@@ -199,6 +165,21 @@ def _loopback_only() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _without_secrets(keep: Sequence[str]) -> Iterator[None]:
+    """Within it the environment has no secrets, so that processes which start inherit none.
+
+    Ray's own variables stay: its processes know each other by a token. Those in `keep` do too.
+    """
+    hidden = {name: os.environ[name] for name in secret_variables(keep) if not name.startswith("RAY_")}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 @contextmanager

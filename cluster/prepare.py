@@ -18,6 +18,7 @@ from learner.reward_settings import BackboneSettings
 from learner.settings import ModelSettings
 from rewards.build import build_reward, check_row, required_columns
 from rewards.discriminator_settings import trains_discriminator
+from rewards.models.weights import unsafe_weights
 from rewards.tasks.registry import get_task
 
 # Never pickled weights, and never code.
@@ -202,11 +203,8 @@ def resolve_model(field: str, name: str, revision: str | None) -> Path:
     """A folder here, or the hub's model of that name, with weights that need no pickle."""
     folder = Path(name).expanduser()
     folder = folder.resolve() if folder.is_dir() else _download(field, name, revision)
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{field} = {name!r} has no *.safetensors, the only kind of weights that is read: save the model "
-            "with save_pretrained"
-        )
+    if unsafe := unsafe_weights(folder):
+        raise ValueError(f"{field} = {name!r}: {unsafe}")
     return folder
 
 

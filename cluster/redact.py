@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 HIDDEN = "[redacted]"
-_SECRET_NAME = re.compile(r"key|token(?!iz)|secret|password|passwd|credential", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"key|token(?!iz)|secret|passw|passphrase|credential|(?<![a-z])(pat|dsn|auth)(?![a-z])", re.IGNORECASE
+)
 _SHORTEST_SECRET = 8  # shorter values of the environment are everyday words
 _LOGIN_IN_URL = re.compile(r"(?P<before>\w://[^\s/@:]*:)[^\s/@]+(?=@)")
 _AUTHORIZATION = re.compile(
@@ -18,6 +20,12 @@ _named: set[str] = set()
 def hide_variables(names: Iterable[str]) -> None:
     """Treat these environment variables of this process as secrets too, whatever they are called."""
     _named.update(names)
+
+
+def secret_variables(keep: Iterable[str] = ()) -> list[str]:
+    """Environment variables with a telling name, or named to `hide_variables`, but for those in `keep`."""
+    kept = set(keep)
+    return [name for name in os.environ if name not in kept and (name in _named or _SECRET_NAME.search(name))]
 
 
 def redact(value: Any, name: str = "") -> Any:

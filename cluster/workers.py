@@ -147,6 +147,19 @@ class WorkerFactory:
         for group in {group.id: group for group in self._groups.values()}.values():
             remove_placement_group(group)
 
+    def layout(self) -> dict[str, str]:
+        """The host, by name and address, of each place that is reserved, as `rollout-1`."""
+        hosts = {
+            node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            for node in ray.nodes()
+        }
+        found = {}
+        for role, group in self._groups.items():
+            bundles = ray.util.placement_group_table(group)["bundles_to_node_id"]
+            for place, node in bundles.items():
+                found[f"{role}-{place}"] = hosts.get(node, node)
+        return found
+
     # ---- actors --------------------------------------------------------------------------------------------
 
     def _actor(

@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -37,9 +38,18 @@ class NonFiniteGradientError(RuntimeError):
 
 
 def start_process_group(
-    *, rank: int, world_size: int, address: str, port: int, device: str, timeout_s: float
+    *,
+    rank: int,
+    world_size: int,
+    address: str,
+    port: int,
+    device: str,
+    timeout_s: float,
+    own_address: str,
 ) -> None:
     """Join this process to the learner's group, gloo on CPU and nccl on CUDA; returns once all are in it.
+
+    The ranks meet at `address`; `own_address` is where the others reach this one.
 
     DeepSpeed keeps references to a process's first group for good, so it is joined once and kept until the
     process ends.
@@ -58,6 +68,9 @@ def start_process_group(
     deepspeed = _deepspeed()
     limit = timedelta(seconds=timeout_s)
     backend = "gloo" if device == "cpu" else "nccl"
+    if world_size > 1 and (name := interface_of(own_address)) is not None:
+        # Left to itself gloo takes the address that the host's name has, which may be another network's.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     store = _store(rank, world_size, address, port, limit)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     with _quiet():
@@ -71,6 +84,14 @@ def start_process_group(
             rank=rank,
             world_size=world_size,
         )
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this host that has an address; None where none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == address for one in addresses):
+            return name
+    return None
 
 
 def _store(rank: int, world_size: int, address: str, port: int, timeout: timedelta) -> Any:

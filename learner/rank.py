@@ -27,14 +27,18 @@ class LearnerRank:
 
     def rendezvous(self) -> tuple[str, int]:
         """(address, free port) of this host, where the ranks can meet. Asked of rank 0."""
-        address = "127.0.0.1"
-        if self._ranks > 1 and "ray" in sys.modules:
-            import ray
-
-            address = ray.util.get_node_ip_address()
+        address = self._own_address()
         with closing(socket.socket()) as probe:
             probe.bind((address, 0))
             return address, int(probe.getsockname()[1])
+
+    def _own_address(self) -> str:
+        """Where other ranks reach this one; loopback where there are none."""
+        if self._ranks == 1 or "ray" not in sys.modules:
+            return "127.0.0.1"
+        import ray
+
+        return str(ray.util.get_node_ip_address())
 
     def use_model(self, model: ShippedFolder, seconds: float) -> None:
         """Before `start`: take the model from the driver's host, unless this is it. Raises ShippingError."""
@@ -58,4 +62,5 @@ class LearnerRank:
             port=port,
             device=self._device,
             timeout_s=settings.step_timeout_s,
+            own_address=self._own_address(),
         )

@@ -176,9 +176,10 @@ def check_row(settings: Sequence[RewardSettings], row: Mapping[str, Any]) -> Non
             entry_point_of(row, one.entry_point)
 
 
-def uses_child(one: RewardSettings) -> bool:
+def uses_child(one: RewardSettings, task: TaskSettings | None = None) -> bool:
     """Whether a child process scores completions, one after another, each within the deadline."""
-    return one.kind in ("function", "regex", "code")
+    runs_code = one.kind == "task" and task is not None and task.kind == "programs"
+    return runs_code or one.kind in ("function", "regex", "code")
 
 
 def _needs_answer(one: RewardSettings) -> bool:

@@ -12,6 +12,7 @@ from cluster.config import JobConfig
 from cluster.data import Encoder
 from cluster.data_files import BadRow, Quarantine, Reading, read_rows
 from cluster.prepare import load_model_config, load_tokenizer, longest_sequence
+from rewards.models.weights import unsafe_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ def policy_folder(path: Path) -> Path:
             f"--policy {path}: has no *.safetensors; give a model's folder saved with save_pretrained, or "
             "the folder of a run with a checkpoint"
         )
+    if unsafe := unsafe_weights(path):
+        raise ValueError(f"--policy {path}: {unsafe}")
     return path
 
 

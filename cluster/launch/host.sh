@@ -178,6 +178,9 @@ ray() {
   export RAY_health_check_period_ms="${RAY_health_check_period_ms:-500}"
   export RAY_health_check_timeout_ms="${RAY_health_check_timeout_ms:-1500}"
   export RAY_health_check_failure_threshold="${RAY_health_check_failure_threshold:-4}"
+  # Ray's ports for metrics ask for no token. The agents' can be switched off; the head's two servers cannot, so
+  # each is given a port that there is not, on which it gives up.
+  export RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=65536 DASHBOARD_METRIC_PORT=65536
   ulimit -n 65536 2>/dev/null || true
   ulimit -c 0
   cd "$home"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rewards.models.card import RewardCard, member_folder
+from rewards.models.weights import unsafe_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,13 +164,8 @@ def refuse_pickles(folder: Path) -> None:
         json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"model {str(folder)!r}: config.json cannot be read ({error})") from None
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        found = f"pickled weights ({', '.join(pickled[:3])}), which could run code" if pickled else "none"
-        raise ValueError(
-            f"model {str(folder)!r}: weights must be *.safetensors, found {found}; save the model again with "
-            "save_pretrained"
-        )
+    if unsafe := unsafe_weights(folder):
+        raise ValueError(f"model {str(folder)!r}: {unsafe}")
 
 
 # --- The padding token -----------------------------------------------------------------------------------

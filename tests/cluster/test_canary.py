@@ -227,6 +227,25 @@ def family(pid: int) -> Iterator[psutil.Process]:
         yield from psutil.Process(pid).children(recursive=True)
 
 
+def of_ray(members: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of a command's processes that are Ray's, or descend from them."""
+    found: list[psutil.Process] = []
+    for member in members:
+        with contextlib.suppress(psutil.Error):
+            if member.name() in ("raylet", "gcs_server"):
+                found += [member, *member.children(recursive=True)]
+    return found
+
+
+def environments(processes: list[psutil.Process], secrets: dict[str, str]) -> set[str]:
+    """Which secrets are in the environment that any of these processes was started with."""
+    found: set[str] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found |= found_in("\0".join(process.environ().values()).encode(), secrets)
+    return found
+
+
 @pytest.mark.integration
 @pytest.mark.timeout(600)
 def test_no_secret_of_the_environment_is_left_or_shown_anywhere(
@@ -240,6 +259,7 @@ def test_no_secret_of_the_environment_is_left_or_shown_anywhere(
     shown: dict[str, bytes] = {}
     commands: set[str] = set()
     session: Path | None = None
+    looked_at = 0
     with output.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", "train", "job.toml", "--run-dir", str(run_dir)],
@@ -254,6 +274,11 @@ def test_no_secret_of_the_environment_is_left_or_shown_anywhere(
                 assert time.monotonic() < deadline, output.read_text()
                 members = list(family(process.pid))
                 assert search_commands(members, canaries) == {}
+                rays = of_ray(members)
+                looked_at = max(looked_at, len(rays))
+                # A private Ray's processes have only what `reward_env` names; the command's own has them all.
+                # W&B's service acts for the command: it needs the key.
+                assert environments(rays, canaries) <= {"MY_JUDGE"}
                 for member in members:
                     with contextlib.suppress(psutil.Error):
                         commands.add(" ".join(member.cmdline()[:1]))
@@ -274,6 +299,7 @@ def test_no_secret_of_the_environment_is_left_or_shown_anywhere(
     if summary["groups_dropped"]:
         assert "bad key [redacted]" in events
     # What was searched is what was meant: the actors ran, and Ray was asked while they did.
+    assert looked_at >= 5
     assert any("raylet" in command for command in commands), commands
     assert b"RolloutWorker" in shown["listings"]
     assert found_in(shown["listings"], canaries) == set()

@@ -24,6 +24,8 @@ import pytest
 import yaml
 from namespaces import DEFAULT_SUBNET, Hosts, HostsError, Plan, hosts, missing
 
+from cluster.doctor_sockets import gives_pages
+
 ROOT = Path(__file__).resolve().parents[2]
 HEAD, ROLLOUT, MIXED = 1, 2, 3  # the head trains; one host samples, one samples and scores
 STEPS, BATCH, GROUP = 5000, 16, 4  # more steps than there is time for: the test ends the run
@@ -231,6 +233,20 @@ except urllib.error.HTTPError as error:
 """
     answer = cluster.hosts.run(HEAD, f"python -c {shlex.quote(script)}").splitlines()[-1]
     assert answer in ("401", "403")
+
+
+def test_no_port_of_any_host_gives_pages_without_the_token(cluster: Cluster) -> None:
+    """Every port that a host listens at is asked from outside, as a port scan would."""
+    script = """
+import psutil
+found = psutil.net_connections("tcp")
+print(*sorted({c.laddr.port for c in found if c.status == "LISTEN" and not c.laddr.ip.startswith("127.")}))
+"""
+    for index in (HEAD, ROLLOUT, MIXED):
+        ports = cluster.hosts.run(index, f"python -c {shlex.quote(script)}").splitlines()[-1].split()
+        assert len(ports) > 3, "Ray listens at several"
+        address = cluster.hosts.plan.address(index)
+        assert [port for port in ports if gives_pages(address, int(port))] == []
 
 
 def test_a_users_mistake_comes_back_with_its_status(cluster: Cluster) -> None:

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster import placement
-from cluster.config import ClusterSettings, JobConfig
+from cluster.config import JobConfig
 from cluster.config_file import parse_config
 from cluster.placement import PlacementError, colocated, needed_resources, sampler_seed, sync_backend
 
@@ -108,43 +107,3 @@ def test_engines_have_seeds_of_their_own() -> None:
     assert len(seeds) == 5**3
     assert all(0 <= seed < 2**32 for seed in seeds)
     assert sampler_seed(3, 1, 20) == sampler_seed(3, 1, 20)
-
-
-def _cluster(monkeypatch: pytest.MonkeyPatch, hosts: list[int], cores: float) -> list[int]:
-    """A cluster that has so many hosts, of so many cores, at each look; gives what each look saw."""
-    seen: list[int] = []
-
-    def nodes() -> list[dict[str, bool]]:
-        seen.append(hosts[min(len(seen), len(hosts) - 1)])
-        return [{"Alive": True}] * seen[-1] + [{"Alive": False}]
-
-    monkeypatch.setattr(placement, "_LOOK_EVERY_S", 0.0)
-    monkeypatch.setattr(placement.ray, "nodes", nodes)
-    monkeypatch.setattr(placement.ray, "cluster_resources", lambda: {"CPU": cores * seen[-1]})
-    return seen
-
-
-@pytest.mark.parametrize(
-    ("cores", "hosts", "looks"), [(3.65, 1, [1, 1, 2]), (0.5, 3, [1, 1, 2, 3]), (2.0, 1, [1])]
-)
-def test_hosts_that_join_after_the_head_are_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    cores: float,
-    hosts: int,
-    looks: list[int],
-) -> None:
-    """For their cores, or because so many are asked for; it goes on at once when they are there."""
-    seen = _cluster(monkeypatch, [1, 1, 2, 3], cores=2.0)
-    placement.wait_for_hosts(ClusterSettings(address="auto", hosts=hosts, start_timeout_s=60), cores)
-    assert seen == looks
-    words = f"asks for {cores:g} CPUs and cluster.hosts = {hosts}, the cluster has 2 CPUs on 1 host(s) so far"
-    assert capsys.readouterr().out.count(words) == (len(looks) > 1)
-
-
-def test_hosts_that_never_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    _cluster(monkeypatch, [2], cores=2.0)
-    with pytest.raises(PlacementError, match=r"cluster.hosts = 3, but the cluster has 2 host.*lower it"):
-        placement.wait_for_hosts(ClusterSettings(address="auto", hosts=3, start_timeout_s=0.01), 1)
-    # Of cores alone, who asked is told by what follows.
-    placement.wait_for_hosts(ClusterSettings(address="auto", start_timeout_s=0.01), 100)

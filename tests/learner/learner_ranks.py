@@ -25,7 +25,13 @@ def free_port() -> int:
 def _join(rank: int, world_size: int, port: int) -> None:
     torch.set_num_threads(1)
     start_process_group(
-        rank=rank, world_size=world_size, address="127.0.0.1", port=port, device="cpu", timeout_s=200
+        rank=rank,
+        world_size=world_size,
+        address="127.0.0.1",
+        port=port,
+        device="cpu",
+        timeout_s=200,
+        own_address="127.0.0.1",
     )
 
 
