@@ -1,10 +1,13 @@
 """What doctor sees of a host: real files, processes and sockets, and control groups of both versions."""
 
+import http.server
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from cluster.doctor_facts import (
     usable_cores,
 )
 from cluster.doctor_records import HostFacts
-from cluster.doctor_sockets import ray_listeners
+from cluster.doctor_sockets import gives_pages, ray_listeners
 
 # Titled like one of Ray's processes; listens on every interface and on loopback.
 _SERVER = """
@@ -130,6 +133,36 @@ def test_ports_that_others_can_reach(
     assert found[wide]["auth"] == auth or (auth == "" and inherited)
 
 
+class _Pages(http.server.BaseHTTPRequestHandler):
+    """Refuses with 401, but gives its metrics to anyone if it is told to."""
+
+    open_to_all = False
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.open_to_all and self.path == "/metrics" else 401)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("open_to_all", [True, False])
+def test_a_port_that_gives_pages_to_anyone_is_found(
+    open_to_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Pages, "open_to_all", open_to_all)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Pages) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert gives_pages("0.0.0.0", server.server_address[1]) == open_to_all
+        server.shutdown()
+
+
+def test_a_port_that_speaks_something_else_gives_no_pages(unused_port: int) -> None:
+    assert not gives_pages("127.0.0.1", unused_port)
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # accepts, and never says anything
+        assert not gives_pages("127.0.0.1", mute.getsockname()[1])
+
+
 def test_addresses_as_the_kernel_writes_them(tmp_path: Path) -> None:
     """127.0.0.1 is 7F000001, of which a little-endian word shows 0100007F; ::1 ends in such a word of 1."""
     line = " 0: {}:1F90 00000000:0000 {} 0:0 0:0 0 0 0 {} 1"
@@ -174,8 +207,6 @@ def test_a_peer_that_does_not_answer_is_named(unused_port: int) -> None:
 @pytest.fixture
 def unused_port() -> int:
     """A port that was free a moment ago."""
-    import socket
-
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])

@@ -1,7 +1,9 @@
 """The shipped examples reach the numbers that they promise: each on its day, or all of them when asked.
 
-An example's head has lines such as `# Expect: summary.reward_final >= 0.5`. A whole example takes minutes, so
-a test run takes one of them by the day's date; HEADRACE_EXAMPLES names others (`all`, or names with commas).
+An example's head has its commands, and lines such as `# Expect: summary.reward_final >= 0.5`, of the run's
+summary, or `# Expect: best.score >= 0.9`, of the mean of that column over the rows of `runs/best.jsonl`. A
+whole example takes minutes, so a test run takes one of them by the day's date; HEADRACE_EXAMPLES names others
+(`all`, or names with commas).
 """
 
 import datetime
@@ -9,18 +11,20 @@ import json
 import operator
 import os
 import re
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = re.compile(r"^#   headrace train (examples/\w+\.toml)(.*)$", re.MULTILINE)
+COMMAND = re.compile(r"^#   headrace (train|generate|evaluate)((?: .*)?)$", re.MULTILINE)
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
-EXPECTATION = re.compile(r"^# Expect: summary\.([\w.]+) (>=|<=) (-?[\d.]+)$", re.MULTILINE)
+EXPECTATION = re.compile(r"^# Expect: ([\w.]+) (>=|<=) (-?[\d.]+)$", re.MULTILINE)
+LIMIT_S = 850  # of one command, on a machine that does other things beside
 
 
 class Expectation(NamedTuple):
@@ -30,9 +34,9 @@ class Expectation(NamedTuple):
     comparison: str
     bound: float
 
-    def check(self, summary: dict[str, Any]) -> None:
-        """Fails where the summary has no such number, or one on the wrong side of the bound."""
-        value: Any = summary
+    def check(self, found: Mapping[str, Any]) -> None:
+        """Fails where there is no such number, or one on the wrong side of the bound."""
+        value: Any = found
         for part in self.key.split("."):
             value = value[part]
         assert COMPARISONS[self.comparison](value, self.bound), f"{self.key} = {value}, not {self.comparison}"
@@ -45,9 +49,20 @@ def expectations(text: str) -> list[Expectation]:
     ]
 
 
-def commands(text: str) -> list[tuple[str, list[str]]]:
-    """The commands that an example's head says to give: file and further arguments; its own comes last."""
-    return [(file, further.split()) for file, further in COMMAND.findall(text)]
+def commands(text: str) -> list[list[str]]:
+    """The commands that an example's head says to give, in their order."""
+    return [[command, *words.split()] for command, words in COMMAND.findall(text)]
+
+
+def results(folder: Path, run_dir: Path) -> dict[str, Any]:
+    """What the commands left: the run's summary, and the means of each file of responses."""
+    found: dict[str, Any] = {
+        path.stem: {"score": statistics.fmean(json.loads(line)["score"] for line in path.open())}
+        for path in folder.glob("runs/*.jsonl")
+    }
+    if (run_dir / "summary.json").exists():
+        found["summary"] = json.loads((run_dir / "summary.json").read_text())
+    return found
 
 
 EXAMPLES = {
@@ -70,9 +85,9 @@ def chosen() -> set[str]:
 
 
 def test_what_is_promised_is_read() -> None:
-    text = '# About.\n# Expect: summary.reward_final >= 0.5\n# Expect: summary.a.b <= -1\nobjective = "ppo"\n'
+    text = '# About.\n# Expect: summary.reward_final >= 0.5\n# Expect: a.b <= -1\nobjective = "ppo"\n'
     first, second = expectations(text)
-    assert first == ("reward_final", ">=", 0.5)
+    assert first == ("summary.reward_final", ">=", 0.5)
     assert second == ("a.b", "<=", -1.0)
     second.check({"a": {"b": -1.5}})
     with pytest.raises(AssertionError, match=r"a\.b = 0"):
@@ -81,14 +96,21 @@ def test_what_is_promised_is_read() -> None:
         first.check({})
 
 
-def test_an_examples_own_command_is_the_last_of_its_head() -> None:
+def test_the_last_command_of_an_examples_head_is_its_own() -> None:
     for name in EXAMPLES:
-        text = (ROOT / "examples" / f"{name}.toml").read_text()
-        assert commands(text)[-1] == (f"examples/{name}.toml", []), name
-    assert commands((ROOT / "examples" / "log_ratio.toml").read_text())[0] == (
-        "examples/supervised.toml",
-        ["--run-dir", "runs/supervised"],
-    )
+        last = commands((ROOT / "examples" / f"{name}.toml").read_text())[-1]
+        assert f"examples/{name}.toml" in last, name
+        assert last[0] != "train" or last[1:] == [f"examples/{name}.toml"], name
+    first = commands((ROOT / "examples" / "log_ratio.toml").read_text())[0]
+    assert first == ["train", "examples/supervised.toml", "--run-dir", "runs/supervised"]
+
+
+def test_results_are_the_summary_and_means_of_responses(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "best.jsonl").write_text('{"score": 1.0}\n{"score": 0.0}\n')
+    assert results(tmp_path, tmp_path / "none") == {"best": {"score": 0.5}}
+    (tmp_path / "summary.json").write_text('{"reward_gain": 2}')
+    assert results(tmp_path, tmp_path)["summary"] == {"reward_gain": 2}
 
 
 def test_every_line_that_looks_like_a_promise_is_one() -> None:
@@ -105,11 +127,13 @@ def test_an_example_reaches_its_numbers(name: str, tmp_path: Path) -> None:
         pytest.skip(f"not today; HEADRACE_EXAMPLES={name} runs it")
     run_dir = tmp_path / "run"
     (tmp_path / "examples").symlink_to(ROOT / "examples")  # runs go elsewhere than into the checkout
-    for file, further in commands((ROOT / "examples" / f"{name}.toml").read_text()):
-        own = [*further, "--run-dir", str(run_dir)] if file == f"examples/{name}.toml" else further
-        command = [sys.executable, "-m", "cluster.cli", "train", file, *own]
-        done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=850)
+    for words in commands((ROOT / "examples" / f"{name}.toml").read_text()):
+        own = ["--run-dir", str(run_dir)] if words == ["train", f"examples/{name}.toml"] else []
+        command = [sys.executable, "-m", "cluster.cli", *words, *own]
+        done = subprocess.run(
+            command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S
+        )
         assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((run_dir / "summary.json").read_text())
+    found = results(tmp_path, run_dir)
     for one in EXAMPLES[name]:
-        one.check(summary)
+        one.check(found)

@@ -185,6 +185,23 @@ def test_variables_that_a_reward_needs_are_secrets_whatever_they_are_called(
     assert rows(tmp_path / "samples.jsonl")[0]["completion"] == "I am [redacted]"
 
 
+def test_what_is_started_inherits_no_secret_but_those_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redaction, "_named", {"JUDGE"})
+    secrets = (
+        "WANDB_API_KEY",
+        "GITHUB_PAT",
+        "SSH_PASSPHRASE",
+        "SENTRY_DSN",
+        "DB_PASSWORD",
+        "JUDGE",
+        "MY_TOKEN",
+    )
+    for name in (*secrets, "TOKENIZERS_PARALLELISM", "PATH_TO_IT", "AUTHOR"):
+        monkeypatch.setenv(name, "a-value")
+    assert set(secrets) - set(redaction.secret_variables(["MY_TOKEN"])) == {"MY_TOKEN"}
+    assert not {"TOKENIZERS_PARALLELISM", "PATH_TO_IT", "AUTHOR", "PATH"} & set(redaction.secret_variables())
+
+
 @pytest.mark.parametrize(
     ("text", "clean"),
     [

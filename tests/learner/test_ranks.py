@@ -1,13 +1,16 @@
 """Two ranks and one, at every ZeRO stage, give the same losses and the same weights."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from learner_ranks import run_ranks
 from tiny_learner import make_groups, make_job, save_model, take_steps, weights_of
 
+from learner.engine import interface_of
 from learner.worker import LearnerJob, LearnerWorker
 
 pytestmark = pytest.mark.integration
@@ -49,6 +52,21 @@ def train(rank: int, world_size: int, jobs: list[LearnerJob], batches: list[Any]
         results.append((rows[-1] | warmup[-1], weights_of(worker), worker.probe([[1, 2, 3]])))
         worker.stop()
     return results
+
+
+def open_ports(rank: int, world_size: int) -> tuple[str, set[str]]:
+    """The interface that gloo was told to use, and the addresses at which this rank listens."""
+    connections = psutil.Process().net_connections("tcp")
+    listening = {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN}
+    return os.environ["GLOO_SOCKET_IFNAME"], listening
+
+
+def test_ranks_of_one_machine_listen_on_loopback_alone() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.77") is None
+    for interface, listening in run_ranks(open_ports, 2):
+        assert interface == "lo"
+        assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_shards_change_neither_losses_nor_weights(tmp_path: Path) -> None:

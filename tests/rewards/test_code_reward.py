@@ -346,6 +346,9 @@ def test_settings_of_programs():
     assert required_columns([code]) == {"tests", "entry_point"}
     assert required_columns([RewardSettings(kind="code", entry_point="f", tests_column="t")]) == {"t"}
     assert uses_child(code)
+    gold = RewardSettings(kind="task")
+    assert uses_child(gold, TaskSettings(kind="programs"))
+    assert not uses_child(gold, TaskSettings(kind="reversal"))
     with pytest.raises(ValueError, match=r"reward.entry_point = 'f\(\)' of 'code' is no name of a function"):
         check_rewards([RewardSettings(kind="code", entry_point="f()")], None)
     with pytest.raises(
