@@ -91,7 +91,7 @@ def sync_seconds(cluster: Cluster, actors: int) -> float:
 
 def lost_host(cluster: Cluster) -> dict[str, Any]:
     """Cut a rollout host off in mid-run: what the run then waits, and what it leaves out."""
-    job = JOB.format(steps=10_000, batch=128, hidden=256, layers=4, actors=2, window=4)
+    job = JOB.format(steps=10_000, batch=256, hidden=256, layers=4, actors=2, window=4)
     process = start(cluster, "lost", job)
     log = cluster.folder / "submit.log"
     ends: list[float] = []

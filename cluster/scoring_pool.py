@@ -5,6 +5,7 @@ have a discriminator, an actor loads the version that was announced last before 
 """
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from cluster.accounts import Occupancy
 from cluster.remote import LossError, Remote, WorkerFailedError, WorkerLostError
 
 _MOST_LOSSES = 3  # actors lost over one group: then it is likely the group's fault
+_MOST_ATTEMPTS = 3  # while no actor is left at all
 _PAUSE_S = 5.0
 
 
@@ -158,24 +160,27 @@ class ScoringPool:
             self._queue.put_nowait(waiting)
 
     async def _successor(self, lost: Remote, error: WorkerLostError) -> Remote:
-        """Start an actor in the place of a lost one; tries for as long as others score, else once more."""
+        """Start an actor in the place of a lost one; tries for as long as others score, else a few times."""
         self.remotes.remove(lost)
         self.lost += 1
         lost.kill()
         if self._create is None:
             raise LossError(str(error)) from error
         self._on_event(f"warning: {error}; another takes its place")
-        while True:
+        for attempt in itertools.count(1):
             remote = self._create(lost.place)
             try:
                 await self._start(remote)
             except (WorkerLostError, WorkerFailedError, DeadlineExceeded) as failure:
                 remote.kill()
-                if not self.remotes:
-                    raise LossError(f"no scoring actor is left: {failure}") from failure
+                if not self.remotes and attempt >= _MOST_ATTEMPTS:
+                    raise LossError(
+                        f"no scoring actor is left after {attempt} attempts: {failure}"
+                    ) from failure
                 self._on_event(f"warning: {remote.name} could not start, trying again: {failure}")
                 await asyncio.sleep(_PAUSE_S)
             else:
                 self.remotes.append(remote)
                 self._on_event(f"{remote.name} scores in the place of {lost.name}")
                 return remote
+        raise AssertionError("attempts never end by themselves")

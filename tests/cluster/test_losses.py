@@ -3,14 +3,16 @@
 import asyncio
 import random
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from controller_helpers import World
 
+from actors.settings import ScoringSettings
 from cluster import recruiting, scoring_pool
 from cluster.controller import StepReport
-from cluster.remote import LossError
+from cluster.remote import LossError, Remote, WorkerFailedError, WorkerLostError
+from cluster.scoring_pool import ScoringPool
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -166,3 +168,52 @@ def test_a_group_that_takes_three_scoring_actors_with_it_ends_the_run() -> None:
     world.poisonous = "p5"
     with pytest.raises(LossError, match=r"3 scoring actors were lost .*prompt p"):
         world.run()
+
+
+class Stubborn:
+    """A scoring actor that starts only at the given attempt; it scores nothing and is lost when asked to."""
+
+    attempts = 0
+
+    def __init__(self, place: int, starts_at: int) -> None:
+        Stubborn.attempts += 1
+        self.name, self.place = f"scoring-{place}.{Stubborn.attempts}", place
+        self._starts = Stubborn.attempts >= starts_at
+
+    async def call(self, method: str, *_: Any, seconds: float) -> Any:
+        assert seconds > 0
+        if method == "start":
+            if self._starts:
+                return None
+            raise WorkerFailedError(f"{self.name} failed to start")
+        raise WorkerLostError(f"{self.name} died while it was asked to {method}")
+
+    def kill(self) -> None:
+        """Nothing to end."""
+
+
+@pytest.mark.parametrize(("starts_at", "left"), [(3, True), (4, False)])
+def test_the_only_scoring_actor_has_three_attempts_to_be_replaced(
+    starts_at: int, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stubborn, "attempts", 0)
+    first = Stubborn(0, starts_at=0)
+    monkeypatch.setattr(Stubborn, "attempts", 0)
+    events: list[str] = []
+    pool = ScoringPool(
+        [cast("Remote", first)],
+        ScoringSettings(),
+        create=lambda place: cast("Remote", Stubborn(place, starts_at)),
+        on_event=events.append,
+    )
+
+    async def replace() -> Remote:
+        return await pool._successor(pool.remotes[0], WorkerLostError("scoring-0 died"))
+
+    if left:
+        assert asyncio.run(replace()).name == "scoring-0.3"
+        assert pool.remotes[0].name == "scoring-0.3"
+        assert sum("could not start, trying again" in event for event in events) == 2
+    else:
+        with pytest.raises(LossError, match=r"no scoring actor is left after 3 attempts: scoring-0\.3"):
+            asyncio.run(replace())
