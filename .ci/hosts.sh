@@ -4,7 +4,7 @@
 set -euo pipefail
 
 missing=()
-for pair in sshd:openssh-server ssh:openssh-client rsync:rsync ip:iproute2 unshare:util-linux tmux:tmux pgrep:procps; do
+for pair in sshd:openssh-server ssh:openssh-client rsync:rsync ip:iproute2 unshare:util-linux tmux:tmux screen:screen pgrep:procps; do
   PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
 done
 [ "${#missing[@]}" -gt 0 ] || exit 0

@@ -9,12 +9,13 @@ What did not answer in the last round has no metric in the next row and is count
 import asyncio
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from actors.waits import within
 from cluster.host_metrics import HostSampler, Whereabouts, host_label, whereabouts
+from cluster.monitor import Monitor
 from cluster.remote import Remote, WorkerLostError
 
 _DEADLINE_S = 10.0
@@ -151,6 +152,17 @@ class HostWatch:
                 f"warning: the load of {whom} cannot be measured ({type(error).__name__}: {error}); its "
                 "metrics are left out, and further failures are only counted (monitor/hosts_silent)"
             )
+
+
+def host_watches(
+    every_s: float, actors: Callable[[], Iterable[Remote]], monitor: Monitor
+) -> list[Coroutine[Any, Any, None]]:
+    """The service that puts the hosts' load into the monitor's rows; none where `every_s` is 0."""
+    if not every_s:
+        return []
+    watch = HostWatch(every_s, actors, monitor.event)
+    monitor.watched(watch.row)
+    return [watch.run()]
 
 
 def labels_of(nodes: Iterable[Node]) -> dict[str, str]:

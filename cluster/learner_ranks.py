@@ -79,6 +79,10 @@ class LearnerRanks:
     def __len__(self) -> int:
         return len(self._remotes)
 
+    def everyone(self) -> list[Remote]:
+        """The actors of all ranks."""
+        return list(self._remotes)
+
     async def all(self, method: str, *args: Any, seconds: float | None = None) -> Any:
         """Call every rank at once and give rank 0's answer."""
         deadline = self._step_s if seconds is None else seconds

@@ -14,10 +14,12 @@ from actors.shipping import ship
 from cluster import checkpoint
 from cluster.config_file import ConfigError
 from cluster.data_files import Quarantine
+from cluster.host_watch import host_watches
 from cluster.learner_ranks import LearnerRanks
 from cluster.monitor import Monitor
 from cluster.placement import learner_session
 from cluster.run_folder import CONFIG
+from cluster.services import serving
 from cluster.stopping import stop_signals
 from cluster.summary import package_versions
 from learner.rank import LearnerRank
@@ -84,8 +86,10 @@ class LearnerRun(ABC):
         with stop_signals(self._stop):
             self._ranks = await LearnerRanks.gather(self.config, self.worker, self._learner_job(), cuda=cuda)
             try:
-                await self._start()
-                return await self._work()
+                every = self.config.monitor.hosts_every_s
+                async with serving(*host_watches(every, self._ranks.everyone, monitor)):
+                    await self._start()
+                    return await self._work()
             finally:
                 await self._ranks.dismiss()
 

@@ -17,7 +17,7 @@ import numbers
 import os
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -63,6 +63,7 @@ class Monitor:
         self.nonfinite_values = 0
         self._strict = strict
         self._said: set[str] = set()
+        self._hosts: Callable[[], Mapping[str, Value]] = dict
         self._unknown: Counter[str] = Counter()
         hide_variables(_secret_variables(config))
         for name in (METRICS, SAMPLES, DECISIONS, TRACE):
@@ -98,7 +99,11 @@ class Monitor:
         """Write the row of one learner step; it needs `learner_step`, 0 being before training."""
         if LEARNER_AXIS not in row:
             raise ValueError(f"a row of metrics needs {LEARNER_AXIS!r}, got {sorted(row)}")
-        self._row(METRICS, row)
+        self._row(METRICS, {**self._hosts(), **row})
+
+    def watched(self, hosts: Callable[[], Mapping[str, Value]]) -> None:
+        """From now on each step's row has what `hosts` tells of hosts and actors then."""
+        self._hosts = hosts
 
     def warmup(self, row: Mapping[str, Value]) -> None:
         """Write the row of one supervised warm-up update; it needs `warmup/step`."""

@@ -17,7 +17,7 @@ from cluster.config import JobConfig
 from cluster.controller import Controller, Hooks, StepReport
 from cluster.crew import Crew, shipped, shipped_for_scoring
 from cluster.heldout import HeldOut
-from cluster.host_watch import HostWatch
+from cluster.host_watch import host_watches
 from cluster.learner_group import LearnerGroup, probe_sequences
 from cluster.monitor import Monitor
 from cluster.placement import learner_job
@@ -68,7 +68,6 @@ class TrainingRun:
         self._run_id = f"{config.run.name[:40]}-{uuid.uuid4().hex[:8]}"
         self._cuda = False
         self._recruiter: Recruiter | None = None
-        self._hosts: HostWatch | None = None
 
     @property
     def first_step(self) -> int:
@@ -103,9 +102,7 @@ class TrainingRun:
                 await self._start(crew)
                 controller = self._controller = self._make_controller(learner, rollouts, scoring)
                 services = [rollouts.watch(), scoring.run(), crew.recruiter.run(rollouts, controller.pump)]
-                if config.monitor.hosts_every_s:
-                    self._hosts = HostWatch(config.monitor.hosts_every_s, crew.everyone, monitor.event)
-                    services.append(self._hosts.run())
+                services += host_watches(config.monitor.hosts_every_s, crew.everyone, monitor)
                 async with serving(*services):
                     await controller.load_everywhere(await learner.publish(controller.step))
                     beside = None if config.run.evaluate_pauses else controller.pump
@@ -236,17 +233,12 @@ class TrainingRun:
             await self._on_checkpoint(controller.step)
 
     def _on_step(self, report: StepReport) -> None:
-        hosts = self._hosts.row() if self._hosts is not None else {}
         exposed = scoring_exposed(report.trace)
-        row = (
-            report.row
-            | hosts
-            | {
-                "learner_step": float(report.step),
-                "wait/scoring_exposed_s": exposed,
-                "perf/scoring_exposed_fraction": exposed / report.row["timing_s/step"],
-            }
-        )
+        row = report.row | {
+            "learner_step": float(report.step),
+            "wait/scoring_exposed_s": exposed,
+            "perf/scoring_exposed_fraction": exposed / report.row["timing_s/step"],
+        }
         if self._controller is not None:
             totals = self._controller.totals
             totals.scoring_exposed_s += exposed

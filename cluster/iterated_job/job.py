@@ -19,6 +19,7 @@ from typing import Any
 from cluster import checkpoint
 from cluster.config_file import ConfigError
 from cluster.crew import Crew, shipped_for_scoring
+from cluster.host_watch import host_watches
 from cluster.iterated_job.config import IteratedJobConfig, RejectionJobConfig, SpinJobConfig
 from cluster.iterated_job.crew import IteratedFactory, IteratedLearner
 from cluster.iterated_job.examples import Figures, Lessons, contrast, select
@@ -121,7 +122,8 @@ class IteratedRun:
             make=IteratedFactory,
         )
         self._learner = IteratedLearner(crew.ranks, self.config.learner)
-        services = (crew.rollouts.watch(), crew.scoring.run(), crew.recruiter.run(crew.rollouts, _nothing))
+        services = [crew.rollouts.watch(), crew.scoring.run(), crew.recruiter.run(crew.rollouts, _nothing)]
+        services += host_watches(self.config.monitor.hosts_every_s, crew.everyone, monitor)
         try:
             with stop_signals(self._stop):
                 await self._start(cuda=cuda)

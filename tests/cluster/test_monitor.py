@@ -225,6 +225,17 @@ def test_of_two_secrets_one_within_the_other_nothing_is_left(monkeypatch: pytest
     assert scrub("abcdefghijkl") == "[redacted]"
 
 
+def test_rows_have_the_load_of_hosts_that_are_watched(tmp_path: Path) -> None:
+    load = {"host/h/cpu_fraction": 0.5}
+    with Monitor(tmp_path, settings(), {}, 2) as monitor:
+        monitor.step({"learner_step": 1.0})
+        monitor.watched(lambda: load)
+        monitor.step({"learner_step": 2.0})
+    first, second = rows(tmp_path / "metrics.jsonl")
+    assert "host/h/cpu_fraction" not in first
+    assert second["host/h/cpu_fraction"] == 0.5
+
+
 def test_an_alert_is_an_event_too(tmp_path: Path) -> None:
     with Monitor(tmp_path, settings(alert_reward_errors=0.1), {}, 1) as monitor:
         monitor.alert("restart", "rollout-0 is replaced")

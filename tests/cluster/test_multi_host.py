@@ -268,16 +268,32 @@ def test_a_users_mistake_comes_back_with_its_status(cluster: Cluster) -> None:
     assert "headrace: jobs/absent two.toml: there is no such file" in exact.stdout
 
 
-@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed (.ci/hosts.sh installs it)")
-def test_under_tmux_it_goes_on_without_the_connection(cluster: Cluster) -> None:
+@pytest.mark.parametrize(
+    ("program", "look"),
+    [("tmux", "tmux capture-pane -p -J"), ("screen", "cat ~/screenlog.0 2>/dev/null || true")],
+)
+def test_under_tmux_or_screen_it_goes_on_without_the_connection(
+    program: str, look: str, cluster: Cluster
+) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed (.ci/hosts.sh installs it)")
     stub = str(ROOT / "cluster" / "submit.py")
-    done = cluster.ray("submit", "--tmux", str(cluster.file), stub, "--", "train", "jobs/absent.toml")
+    done = cluster.ray("submit", f"--{program}", str(cluster.file), stub, "--", "train", "jobs/absent.toml")
     assert done.returncode == 0, done.stdout  # the connection is over, and the run has its own terminal
     wait_for(
-        lambda: "there is no such file" in cluster.hosts.run(HEAD, "tmux capture-pane -p -J"),
+        lambda: "there is no such file" in cluster.hosts.run(HEAD, look),
         60,
         "the run's words are on its terminal",
     )
+
+
+def test_a_job_of_rays_own_list_runs_and_says_how_it_ended(cluster: Cluster) -> None:
+    words = "python ~/headrace/cluster/submit.py train jobs/absent.toml"
+    said = cluster.hosts.run(
+        HEAD, f"ray job submit --address http://127.0.0.1:8265 -- {words} || echo status=$?", seconds=200
+    )
+    assert "jobs/absent.toml: there is no such file" in said
+    assert "status=1" in said
 
 
 def trained_by(run: Path) -> set[str]:

@@ -90,12 +90,18 @@ def test_a_users_file_is_split_and_its_bad_rows_are_put_aside(tmp_path: Path) ->
 
 @pytest.mark.integration
 def test_a_run_learns_and_a_resumed_one_ends_the_same(tmp_path: Path) -> None:
-    whole = run_job(job("run.checkpoint_every=6", "run.keep_checkpoints=2"), tmp_path / "whole")
+    often = ("run.keep_checkpoints=2", "monitor.hosts_every_s=0.05")
+    whole = run_job(job("run.checkpoint_every=6", *often), tmp_path / "whole")
     assert whole["status"] == "completed", whole["error"]
     # Before training the policy knows nothing: about the logarithm of the vocabulary's size.
     vocabulary = len(build_tokenizer(get_task("reversal").alphabet(), 32))
     assert whole["heldout_loss_initial"] == pytest.approx(math.log(vocabulary), abs=0.1)
     assert whole["heldout_loss_final"] < whole["heldout_loss_initial"] - 0.2
+
+    watched = {
+        name.rpartition("/")[2] for row in read_rows(tmp_path / "whole" / "metrics.jsonl") for name in row
+    }
+    assert "cpu_fraction" in watched  # the load of the host is in the rows
 
     part = tmp_path / "part"
     # As a run that was killed after its sixth update: its checkpoint is there, the rest is not.
