@@ -84,6 +84,9 @@ class ClusterSettings(Settings):
         description="Actors are placed once the cluster has so many hosts, within `start_timeout_s`. 0: "
         "those that the file of `ray up` promises, but what has not come by then is done without.",
     )
+    object_store_gib: float = Field(
+        0.5, gt=0.07, le=1024, description="Object store of a private Ray, in GiB."
+    )
 
 
 class JobConfig(Settings):

@@ -11,7 +11,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.shipping import ShippedFolder
 from actors.waits import DeadlineExceeded, within
 from cluster.config import ClusterSettings
-from cluster.placement import PlacementError, role_resource
+from cluster.joining import PlacementError
+from cluster.placement import role_resource
 from cluster.remote import Remote
 from cluster.workers import stop_all
 from learner.settings import LearnerSettings

@@ -19,9 +19,9 @@ from actors.scoring import ScoringWorker
 from actors.waits import DeadlineExceeded, within
 from cluster.adversarial import learner_class
 from cluster.config import JobConfig
+from cluster.joining import PlacementError
 from cluster.placement import (
     SHARED_GPU,
-    PlacementError,
     colocated,
     role_resource,
     sampler_seed,

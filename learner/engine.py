@@ -90,7 +90,7 @@ def interface_of(address: str) -> str | None:
     """The network interface of this host that has an address; None where none has."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.address.partition("%")[0] == address for one in addresses):
-            return name
+            return str(name)
     return None
 
 

@@ -27,8 +27,8 @@ from cluster.generation.responses import response_lines
 from cluster.generation.sampling import Guided, Plan, sample_all
 from cluster.generation.scoring import Answer, Scoring
 from cluster.generation.settings import Judges, Strategy, read_settings, strategy_of, temperature_of
+from cluster.joining import PlacementError
 from cluster.labelling.files import quarantine_beside, require_new, write_lines
-from cluster.placement import PlacementError
 from cluster.remote import LossError, WorkerFailedError, WorkerLostError
 from rewards.base import RewardError, Score
 from rewards.build import check_row, required_columns

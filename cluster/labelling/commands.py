@@ -31,8 +31,8 @@ def run_generate(options: argparse.Namespace) -> int:
     """`label generate`: a pool, sampled from a policy."""
     out = require_new(options.out)
     from actors.waits import DeadlineExceeded
+    from cluster.joining import PlacementError
     from cluster.labelling.generating import generate, generation_config, open_policy, read_prompts
-    from cluster.placement import PlacementError
     from cluster.remote import LossError, WorkerFailedError, WorkerLostError
 
     chosen = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens}

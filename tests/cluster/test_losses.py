@@ -181,7 +181,6 @@ class Stubborn:
         self._starts = Stubborn.attempts >= starts_at
 
     async def call(self, method: str, *_: Any, seconds: float) -> Any:
-        assert seconds > 0
         if method == "start":
             if self._starts:
                 return None

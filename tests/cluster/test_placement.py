@@ -6,7 +6,8 @@ import pytest
 
 from cluster.config import JobConfig
 from cluster.config_file import parse_config
-from cluster.placement import PlacementError, colocated, needed_resources, sampler_seed, sync_backend
+from cluster.joining import PlacementError
+from cluster.placement import colocated, needed_resources, sampler_seed, sync_backend
 
 GOOD = """
 [model.scratch]

@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 
 from cluster.config import JobConfig
 from cluster.config_file import parse_config
-from cluster.placement import PlacementError
+from cluster.joining import PlacementError
 from cluster.workers import WorkerFactory
 from learner.worker import LearnerJob
 
