@@ -97,8 +97,8 @@ class Encoder:
             return self._encode(text, special=False), text
         raise BadRow("wrong type", f"the prompt is a {type(value).__name__}, not a text or chat messages")
 
-    def completion(self, row: Mapping[str, Any]) -> tuple[int, ...]:
-        """Token ids of a demonstration's response, the end token added."""
+    def completion(self, row: Mapping[str, Any], *, finished: bool = True) -> tuple[int, ...]:
+        """Token ids of a response, as in a demonstration, the end token added if it is finished."""
         value = _column(row, self.settings.completion_column)
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
             value = value[0].get("content")  # [{"role": "assistant", "content": …}]
@@ -106,7 +106,8 @@ class Encoder:
             raise BadRow("wrong type", f"the completion is a {type(value).__name__}, not a text")
         if not value.strip():
             raise BadRow("empty completion", "only white space")
-        return (*self._encode(value, special=False), int(self.tokenizer.eos_token_id))
+        end = (int(self.tokenizer.eos_token_id),) if finished else ()
+        return (*self._encode(value, special=False), *end)
 
     def check_length(self, tokens: int) -> None:
         """Refuse what is longer than the limit."""

@@ -161,7 +161,14 @@ def _by_model(
     members, z = asked.differences([(pair.prompt, pair.a, pair.b) for pair in pairs])
     past_members, past_z = None, None
     if options.rule == "d-optimal":
-        past = [(one.prompt, Side(one.chosen, 0, 0), Side(one.rejected, 0, 0)) for one in labelled]
+        past = [
+            (
+                one.prompt,
+                Side(one.chosen, 0, 0, one.chosen_finished),
+                Side(one.rejected, 0, 0, one.rejected_finished),
+            )
+            for one in labelled
+        ]
         past = [one for one in past if asked.can_read(one)]
         if past:
             past_members, past_z = asked.differences(past)

@@ -35,7 +35,10 @@ TRAIN, HELDOUT = "train", "heldout"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One label as text: a pair, or a single response, of which the other side is None."""
+    """One label as text: a pair, or a single response, of which the other side is None.
+
+    `finished`: whether the chosen and the rejected response end there, or were cut off.
+    """
 
     prompt: Prompt
     prompt_key: str
@@ -44,6 +47,7 @@ class Row:
     margin: float
     weight: float
     line: int
+    finished: tuple[bool, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +137,17 @@ def _read(
 
 def _of_label(one: LabelledResponse) -> Row:
     chosen, rejected = (one.completion, None) if one.desirable else (None, one.completion)
-    return Row(one.prompt, one.prompt_key, chosen, rejected, 0.0, one.weight, one.line)
+    finished = (one.finished, one.finished)
+    return Row(one.prompt, one.prompt_key, chosen, rejected, 0.0, one.weight, one.line, finished)
 
 
 def _of_pair(pair: Preference, *, single: bool) -> Iterator[Row]:
     sides = [(pair.chosen, None), (None, pair.rejected)] if single else [(pair.chosen, pair.rejected)]
+    finished = (pair.chosen_finished, pair.rejected_finished)
     for chosen, rejected in sides:
-        yield Row(pair.prompt, pair.prompt_key, chosen, rejected, pair.margin, pair.weight, pair.line)
+        yield Row(
+            pair.prompt, pair.prompt_key, chosen, rejected, pair.margin, pair.weight, pair.line, finished
+        )
 
 
 def _texts(rows: Iterable[Row]) -> Iterator[str]:
@@ -226,9 +234,10 @@ class ResponseTable:
     def _encode(self, row: Row) -> tuple[int, int]:
         """The numbers of a row's responses, `NONE` for one that it has not."""
         prompt, _ = self._encoder.prompt({"prompt": row.prompt})
-        texts = (row.chosen, row.rejected)
+        sides = zip((row.chosen, row.rejected), row.finished, strict=True)
         responses = [
-            None if text is None else self._encoder.completion({"completion": text}) for text in texts
+            None if text is None else self._encoder.completion({"completion": text}, finished=finished)
+            for text, finished in sides
         ]
         for response in responses:
             self._encoder.check_length(len(prompt) + len(response or ()))

@@ -27,13 +27,14 @@ Sign = tuple[tuple[str, str], bool]
 
 @dataclass(frozen=True, slots=True)
 class LabelledResponse:
-    """One response with its label; `line` is where its row stands."""
+    """One response with its label; `line` is where its row stands, `finished` whether it was not cut off."""
 
     prompt: Prompt
     completion: str
     desirable: bool
     weight: float
     line: int
+    finished: bool = True
 
     @property
     def prompt_key(self) -> str:
@@ -114,7 +115,22 @@ def parse_label(
     label = _present(row, kto.label_column)
     if not isinstance(label, bool | int) or label not in (0, 1):
         raise BadRow("wrong label", f"{kto.label_column!r} is {label!r}, not true, false, 1 or 0")
-    return LabelledResponse(prompt, completion, bool(label), _weight(row, settings), line)
+    weight, finished = _weight(row, settings), _finished(row, settings)
+    return LabelledResponse(prompt, completion, bool(label), weight, line, finished)
+
+
+def _finished(row: Mapping[str, Any], settings: PreferenceSettings) -> bool:
+    column = settings.finished_column
+    if not column:
+        return True
+    value = _present(row, column) if settings.required("finished_column") else row.get(column)
+    if value is not None and not isinstance(value, bool):
+        raise BadRow(
+            "wrong type",
+            f'{column!r} is {value!r:.40}: write true or false, or set preferences.finished_column = "" to '
+            "leave it unread",
+        )
+    return value is not False
 
 
 def _weight(row: Mapping[str, Any], settings: PreferenceSettings) -> float:

@@ -51,6 +51,7 @@ def parse_pair(row: Mapping[str, Any], line: int, settings: PreferenceSettings) 
         for name, text in ((settings.chosen_column, chosen), (settings.rejected_column, rejected)):
             if not text.strip():
                 raise BadRow("empty response", f"{name!r} has no text")
+    finished = _finished(row, settings)
     return Preference(
         prompt,
         chosen,
@@ -61,6 +62,8 @@ def parse_pair(row: Mapping[str, Any], line: int, settings: PreferenceSettings) 
         subset=_name(row, settings, "subset_column"),
         line=line,
         row={name: _present(row, name) for name in settings.keep_columns} or None,
+        chosen_finished=finished[0],
+        rejected_finished=finished[1],
     )
 
 
@@ -252,7 +255,7 @@ def _with_system(prompt: Prompt, row: Mapping[str, Any], settings: PreferenceSet
     return [{"role": "system", "content": system}, *messages]
 
 
-# --- margin, weight, names -----------------------------------------------------------------------------
+# --- margin, weight, names, ends -----------------------------------------------------------------------
 
 
 def _margin(row: Mapping[str, Any], settings: PreferenceSettings) -> float:
@@ -301,6 +304,25 @@ def _name(row: Mapping[str, Any], settings: PreferenceSettings, field: str) -> s
         column = getattr(settings, field)
         raise BadRow("wrong type", f"{column!r} is a {_kind(value)}, not a text or whole number")
     return sys.intern(str(value).strip())
+
+
+def _finished(row: Mapping[str, Any], settings: PreferenceSettings) -> tuple[bool, bool]:
+    """Whether the chosen and the rejected response end where their text does; yes where nothing is said."""
+    value = _optional(row, settings, "finished_column")
+    if value is None:
+        return True, True
+    column = settings.finished_column
+    remedy = f'or set preferences.finished_column = "" to leave {column!r} unread'
+    if not isinstance(value, dict):
+        wanted = '{"chosen": true, "rejected": false}'
+        raise BadRow("wrong type", f"{column!r} is a {_kind(value)}: write an object like {wanted}, {remedy}")
+    sides = [True if value.get(side) is None else value[side] for side in ("chosen", "rejected")]
+    for side, found in zip(("chosen", "rejected"), sides, strict=True):
+        if not isinstance(found, bool):
+            raise BadRow(
+                "wrong type", f"{side!r} of {column!r} is a {_kind(found)}: write true or false, {remedy}"
+            )
+    return sides[0], sides[1]
 
 
 def _kind(value: object) -> str:

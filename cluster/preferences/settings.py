@@ -53,6 +53,11 @@ class PreferenceSettings(Settings):
     weight_column: str = Field("weight", description=f"Column with the label's weight; {_OPTIONAL}.")
     annotator_column: str = Field("annotator", description=f"Column with who gave the label; {_OPTIONAL}.")
     subset_column: str = Field("subset", description=f"Column with a group for evaluation; {_OPTIONAL}.")
+    finished_column: str = Field(
+        "finished",
+        description="Column with whether each response ends there or was cut off, as "
+        f'`{{"chosen": true, "rejected": false}}`, of a single response as true or false; {_OPTIONAL}.',
+    )
     chosen_score_column: str = Field(
         "", description="Column with the better response's score: the margin becomes the scores' difference."
     )

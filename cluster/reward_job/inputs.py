@@ -197,8 +197,11 @@ class SequenceTable:
         for pair in pairs:
             try:
                 chosen, rejected = (
-                    self._encoder.encode_item((pair.prompt, response, True))
-                    for response in (pair.chosen, pair.rejected)
+                    self._encoder.encode_item((pair.prompt, response, finished))
+                    for response, finished in (
+                        (pair.chosen, pair.chosen_finished),
+                        (pair.rejected, pair.rejected_finished),
+                    )
                 )
                 if chosen.ids == rejected.ids:
                     raise EncodingError("identical", "both responses are the same tokens")

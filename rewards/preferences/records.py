@@ -25,6 +25,7 @@ class Preference:
     `margin` is what the rewards should differ by at least, `weight` the label's weight in the loss,
     `annotator` who gave it ("" if unknown), `subset` a group for evaluation, `line` where the row stood in
     its file, counted from 1 (0: in none), and `row` the columns of the row that were asked for.
+    `chosen_finished`, `rejected_finished`: whether the response ends there, or was cut off.
     """
 
     prompt: Prompt
@@ -36,6 +37,8 @@ class Preference:
     subset: str = ""
     line: int = 0
     row: Mapping[str, Any] | None = None
+    chosen_finished: bool = True
+    rejected_finished: bool = True
 
     @property
     def prompt_key(self) -> str:

@@ -129,6 +129,13 @@ def test_d_optimal_gains_fall_and_labelled_pairs_are_left_out_and_built_upon() -
     assert [pair.score for pair in again.pairs] == pytest.approx(scores[1:])
 
 
+def test_labelled_responses_that_were_cut_off_are_asked_about_as_such() -> None:
+    model = Linear()
+    labelled = [Preference("p1", "9", "8", rejected_finished=False)]
+    rank(pool("1", "2"), RankOptions("d-optimal", 1), open_model=lambda: model, labelled=labelled)
+    assert [item for item in model.asked if item[0] == "p1"] == [("p1", "9", True), ("p1", "8", False)]
+
+
 def test_responses_that_the_model_cannot_read_take_no_part_and_are_counted() -> None:
     found = rank(
         pool("1", "2", "x"), RankOptions("fisher", 5), open_model=Linear, model_version="v1", source="s"

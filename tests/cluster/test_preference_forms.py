@@ -129,6 +129,24 @@ def test_optional_columns_are_read_where_they_stand():
     assert (off.margin, off.weight) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("told", "read"),
+    [
+        (None, (True, True)),
+        ({"chosen": True, "rejected": False}, (True, False)),
+        ({"chosen": False}, (False, True)),
+        ({"chosen": None, "rejected": False}, (True, False)),  # as a Parquet struct has it
+    ],
+)
+def test_a_response_is_finished_unless_the_row_says_that_it_was_cut_off(told, read):
+    label = parse(ROW | {"finished": told})
+    assert (label.chosen_finished, label.rejected_finished) == read
+    renamed = parse(ROW | {"finished": "yes", "ends": told or {}}, finished_column="ends")
+    assert (renamed.chosen_finished, renamed.rejected_finished) == read
+    off = parse(ROW | {"finished": "yes"}, finished_column="")
+    assert (off.chosen_finished, off.rejected_finished) == (True, True)
+
+
 def test_columns_that_are_named_are_required():
     assert parse(ROW | {"m": 2.0}, margin_column="m", margin_scale=0.5).margin == 1.0
     assert parse(ROW | {"gold": 3, "other": 1}, keep_columns=["gold"]).row == {"gold": 3}
@@ -198,6 +216,8 @@ BAD = {
     "weight below zero": (ROW | {"weight": -0.5}, "negative weight"),
     "weight beyond floats": (ROW | {"weight": 10**400}, "non-finite number"),
     "annotator a list": (ROW | {"annotator": ["a"]}, "wrong type"),
+    "finished a flag": (ROW | {"finished": True}, "wrong type"),
+    "finished without flags": (ROW | {"finished": {"chosen": 1}}, "wrong type"),
 }
 
 

@@ -173,6 +173,26 @@ def test_pairs_become_tokens_and_what_cannot_be_read_is_put_aside(tmp_path: Path
     assert numbers == set(range(len(responses)))
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_a_response_that_was_cut_off_gets_no_end_token(objective: str, tmp_path: Path) -> None:
+    """Chosen responses have an a, rejected ones none; id 2 is <eos>. Every rejected one was cut off."""
+    cut = {"finished": {"chosen": True, "rejected": False}}
+    rows = [{"prompt": p, "chosen": "ab", "rejected": "b", **cut} for p in "bcdfxy"]
+    inputs = prepare(tmp_path, f'objective="{objective}"', rows=rows)
+    train, responses = inputs.data.train, inputs.data.responses
+    assert {responses[number][1][-1] == 2 for number in train.chosen if number != NONE} == {True}
+    assert {responses[number][1][-1] == 2 for number in train.rejected if number != NONE} == {False}
+
+
+def test_a_single_response_may_be_cut_off_too(tmp_path: Path) -> None:
+    rows = [row | {"finished": bool(row["label"])} for row in labelled_rows()]
+    inputs = prepare(tmp_path, 'objective="kto"', rows=[*rows, rows[0] | {"finished": "no"}])
+    assert inputs.quarantine.counts["wrong type"] == 1
+    train, responses = inputs.data.train, inputs.data.responses
+    assert all(responses[number][1][-1] == 2 for number in train.chosen if number != NONE)
+    assert all(responses[number][1][-1] != 2 for number in train.rejected if number != NONE)
+
+
 def test_kto_takes_a_pair_as_two_responses(tmp_path: Path) -> None:
     inputs = prepare(tmp_path, 'objective="kto"', rows=make_pairs(20))
     train, responses = inputs.data.train, inputs.data.responses

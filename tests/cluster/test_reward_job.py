@@ -172,6 +172,21 @@ def test_pairs_become_numbered_sequences(tmp_path: Path) -> None:
     assert inputs.pad_token_id == 0
 
 
+def test_a_response_that_was_cut_off_gets_no_end_token(tmp_path: Path) -> None:
+    """As a reward model is asked in use. Id 2 is <eos>; both sides, in training and held out."""
+    cut = {"chosen": False, "rejected": True}, {"chosen": True, "rejected": False}
+    rows = [{"prompt": "p", "chosen": "ab", "rejected": "a", "finished": cut[0]}]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(rows[0] | {"prompt": "q", "finished": cut[1]}) + "\n")
+    text = SMALL.replace("heldout_fraction = 0.25", f'heldout = "{tmp_path}/heldout.jsonl"')
+    inputs = prepare(tmp_path, text=text)
+    for name, ends in ((TRAIN, (False, True)), (HELDOUT, (True, False))):
+        pairs = inputs.sets[name]
+        sides = pairs.chosen[0], pairs.rejected[0]
+        assert tuple(inputs.data.sequences[side][-1] == 2 for side in sides) == ends
+        assert tuple(inputs.data.lengths[side] for side in sides) == (2, 1)
+
+
 def test_pairs_from_elsewhere_leave_out_what_is_trained_on(tmp_path: Path) -> None:
     rows = write_pairs(tmp_path / "pairs.jsonl", 40)
     other = [*rows, {"prompt": "zz", "chosen": "a", "rejected": "x"}]
