@@ -69,6 +69,16 @@ def bootstrap_weights(prompts: Sequence[int], *, seed: int, member: int) -> list
     return [float(drawn[prompt]) for prompt in prompts]
 
 
+def relative_weights(weight: Sequence[float]) -> list[float]:
+    """Each pair's weight over the mean of *all* training pairs; all 0 where no pair has any.
+
+    The scale of weights then has no effect, and what a pair counts does not hang on the batch that it falls
+    into: a batch of light pairs moves the model little, as it should.
+    """
+    mean = math.fsum(weight) / len(weight)
+    return [one / mean if mean else 0.0 for one in weight]
+
+
 def head_seed(seed: int, member: int) -> int:
     """The seed of a member's first weights."""
     digest = hashlib.sha256(f"reward head {seed} {member}".encode()).digest()
@@ -91,11 +101,33 @@ def batch_loss(
     """The loss of a batch from its scores (heads, U), and what is logged of it.
 
     `chosen` and `rejected` (B,) are columns of `scores`, `lengths` (U,) belong to them, `margin` and `weight`
-    (B,) to the pairs. Weights are brought to a mean of 1; a batch whose weights are all 0 has a loss of 0.
+    (B,) to the pairs, the weights as `relative_weights` gives them. The loss is Σ w·(a pair's loss) / B, so
+    that batches of one size add up to the weighted sum over the training set. What is logged under
+    `preference/` is the batch's weighted mean; a batch without weight has none.
     """
-    total = sum(weight)
-    mean = total / len(weight)
-    w = torch.tensor(weight, dtype=scores.dtype) / (mean if total else 1.0)
+    loss, figures = _summed_loss(
+        scores, settings, chosen=chosen, rejected=rejected, lengths=lengths, margin=margin, weight=weight
+    )
+    mean = math.fsum(weight) / len(weight)
+    for name in [name for name in figures if name.startswith("preference/")]:
+        found = figures.pop(name)
+        if mean:
+            figures[name] = found / mean
+    return loss, figures
+
+
+def _summed_loss(
+    scores: Tensor,
+    settings: RewardModelSettings,
+    *,
+    chosen: Sequence[int],
+    rejected: Sequence[int],
+    lengths: Sequence[int],
+    margin: Sequence[float],
+    weight: Sequence[float],
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss, and figures that are sums over pairs, each divided by B."""
+    w = torch.tensor(weight, dtype=scores.dtype)
     winner, loser = scores[:, list(chosen)], scores[:, list(rejected)]
     if settings.loss == "odin":
         length = torch.tensor(lengths, dtype=scores.dtype)
@@ -194,7 +226,7 @@ def reward_update(
     rank: int,
     ranks: int,
 ) -> dict[str, float]:
-    """One update on the pairs of `batch`; `weight` has an entry for every pair of the job."""
+    """One update on the pairs of `batch`; `weight` has every pair's of the job, see `relative_weights`."""
     used = sorted({data.chosen[i] for i in batch} | {data.rejected[i] for i in batch})
     place = {index: number for number, index in enumerate(used)}
     share = Share.of(engine, inputs, used, micro_batch_tokens=micro_batch_tokens, rank=rank, ranks=ranks)

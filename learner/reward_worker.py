@@ -33,6 +33,7 @@ from learner.reward_training import (
     batches_an_epoch,
     bootstrap_weights,
     head_seed,
+    relative_weights,
     reward_update,
     score_sequences,
 )
@@ -146,10 +147,11 @@ class RewardLearner(LearnerRank):
         job = self._job
         self._member, self._updates, self._engine = member, 0, None
         gc.collect()  # the member before is gone before this one needs its room
-        self._weight = list(self._data.weight)
+        weight = list(self._data.weight)
         if job.reward.bootstrap:
             drawn = bootstrap_weights(self._data.prompt, seed=job.seed, member=member)
-            self._weight = [a * b for a, b in zip(self._weight, drawn, strict=True)]
+            weight = [a * b for a, b in zip(weight, drawn, strict=True)]
+        self._weight = relative_weights(weight)
         module = self._on_embeddings() if job.reward.kind == "embedding" else self._transformer()
         settings = job.learner
         if job.reward.kind == "embedding":  # small enough to be exact; the setting is the backbone's

@@ -1,6 +1,7 @@
 """The order of pairs, the loss of a batch, and updates that ranks and micro-batches do not change."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from learner.reward_training import (
     batches_an_epoch,
     bootstrap_weights,
     head_seed,
+    relative_weights,
 )
 from learner.reward_worker import RewardJob, RewardLearner
 from learner.settings import LearnerSettings, OptimizerSettings
@@ -79,15 +81,42 @@ def test_losses_of_a_batch_by_hand() -> None:
 def test_weights_are_relative_and_sequences_may_be_shared() -> None:
     """Pairs (0 over 1) with loss −log ¾ and (2 over 0) with gap 0, loss log 2; weights 3:1, also as 6:2."""
     scores = [math.log(3.0), 0.0, math.log(3.0)]
+    pairs: dict[str, Any] = {"chosen": [0, 2], "rejected": [1, 0], "margin": [0.0] * 2}
     for weight in ([3.0, 1.0], [6.0, 2.0]):
-        loss = loss_of(
-            {"centring": 0.0}, scores, chosen=[0, 2], rejected=[1, 0], margin=[0.0] * 2, weight=weight
-        )
+        loss = loss_of({"centring": 0.0}, scores, weight=relative_weights(weight), **pairs)
         assert loss == pytest.approx((3 * -math.log(0.75) + LN2) / 4)
-    nothing = loss_of(
-        {"centring": 0.0}, scores, chosen=[0, 2], rejected=[1, 0], margin=[0.0] * 2, weight=[0.0, 0.0]
-    )
-    assert nothing == 0.0
+    assert loss_of({"centring": 0.0}, scores, weight=relative_weights([0.0, 0.0]), **pairs) == 0.0
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
+def test_what_a_pair_counts_does_not_hang_on_its_batch(scale: float) -> None:
+    """Weights 0, 1, 2, of mean 1, in batches of one: losses 0·log 2, 1·log 2, 2·(−log ¾), whatever the scale.
+
+    Their mean is the loss of all three in one batch. Figures are means within the batch all the same: the
+    gap of the heaviest is ln 3, not twice that, and the batch without weight has none.
+    """
+    scores = torch.tensor([[math.log(3.0), 0.0, 0.0]], dtype=torch.float64)
+    weight = relative_weights([0.0, 1.0 * scale, 2.0 * scale])
+    chosen, rejected, expected = [1, 1, 0], [2, 2, 1], [0.0, LN2, -2 * math.log(0.75)]
+
+    def of(pairs: list[int]) -> tuple[float, dict[str, float]]:
+        loss, figures = batch_loss(
+            scores,
+            RewardModelSettings(centring=0.0),
+            chosen=[chosen[i] for i in pairs],
+            rejected=[rejected[i] for i in pairs],
+            lengths=[1] * 3,
+            margin=[0.0] * len(pairs),
+            weight=[weight[i] for i in pairs],
+        )
+        return float(loss), figures
+
+    alone = [of([i]) for i in range(3)]
+    assert [loss for loss, _ in alone] == pytest.approx(expected)
+    assert of([0, 1, 2])[0] == pytest.approx(sum(expected) / 3)
+    assert alone[2][1]["preference/margin"] == pytest.approx(math.log(3.0))
+    assert of([0, 1, 2])[1]["preference/margin"] == pytest.approx(2 * math.log(3.0) / 3)
+    assert "preference/margin" not in alone[0][1]
 
 
 # --- ranks and micro-batches -----------------------------------------------------------------------------
@@ -150,6 +179,35 @@ def train(rank: int, ranks: int, cases: list[tuple[RewardJob, PairData, str]], f
         again = other.score(list(range(len(data.sequences))))
         results.append((rows[-1], scores, again))
     return results
+
+
+def first_update(rank: int, ranks: int, job: RewardJob, weights: list[tuple[float, ...]]) -> list[Any]:
+    """Metrics of the first update with each of the weights."""
+    found = []
+    for weight in weights:
+        learner = RewardLearner(rank, ranks, job)
+        learner.start("", 0)
+        learner.give_data(replace(make_data(3), weight=weight), "")
+        learner.begin_member(0)
+        found += learner.update(1)
+    return found
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_update_on_one_pair_is_as_large_as_its_weight(ranks: int, tmp_path: Path) -> None:
+    """Three pairs of mean weight 1 or ⅔ in batches of one; the first has weight 1, then 2, then 0."""
+    job = replace(make_job(save_model(tmp_path / "model"), micro_batch_tokens=64), batch_size=1)
+    (first,) = batch_of(0, pairs=3, batch_size=1, seed=job.seed, member=0)
+
+    def weights(mine: float, *others: float) -> tuple[float, ...]:
+        return (*others[:first], mine, *others[first:])
+
+    cases = [weights(1.0, 1.0, 1.0), weights(2.0, 0.0, 1.0), weights(0.0, 1.0, 1.0)]
+    once, twice, never = run_ranks(first_update, ranks, job, cases)[0]
+    for name in ("loss/reward_model", "optimizer/grad_norm"):
+        assert twice[name] == pytest.approx(2 * once[name], rel=1e-3)
+        assert never[name] == 0.0 < once[name]
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
