@@ -63,14 +63,17 @@ def _by_one(table: LabelTable, one: Contradiction) -> bool:
 
 
 def _agreement(table: LabelTable) -> Agreement:
-    votes = table.votes
-    pairs = [
-        (table.prompt_of(one), int(votes[one]), 0) for one in np.flatnonzero(votes > 1) if table.alone(one)
-    ]
+    """Agreement of labels that are known to be opinions of their own.
+
+    Rows of nobody named have one of a pair at most, as a further row may be a copy, and none where they name
+    either response: were only the rows that disagree counted, they would never be seen to agree.
+    """
+    pairs = []
     for places in table.repeated():
-        first = table.labels[places[0]].chosen.strip()
-        forward = sum(int(votes[p]) for p in places if table.labels[p].chosen.strip() == first)
-        pairs.append((table.prompt_of(places[0]), forward, sum(int(votes[p]) for p in places) - forward))
+        unnamed = [place for place in places if not table.labels[place].annotator]
+        counted = [place for place in places if place not in unnamed] if len(unnamed) > 1 else places
+        signs = [table.forward(place) for place in counted]
+        pairs.append((table.prompt_of(places[0]), sum(signs), len(signs) - sum(signs)))
     counts = np.array(pairs, np.int64).reshape(-1, 3)
     return agreement(counts[:, 0], counts[:, 1], counts[:, 2])
 
@@ -97,7 +100,7 @@ def _annotator_checks(table: LabelTable) -> list[AnnotatorCheck]:
     """Agreement of each named annotator with the other labels of the same pairs, the lowest first."""
     met: dict[int, list[tuple[int, int, int]]] = {}
     for places in table.repeated():
-        signs = [table.labels[place].chosen.strip() for place in places]
+        signs = [table.forward(place) for place in places]
         for place, sign in zip(places, signs, strict=True):
             same = signs.count(sign) - 1
             number = table.annotators[table.labels[place].annotator]

@@ -73,7 +73,7 @@ class LabelTable:
             raise BadRow("duplicate", f"the same label stands in line {self.labels[earlier].line}")
 
     def _sign(self, place: int) -> tuple[bool, int]:
-        return self._chosen[place] < self._rejected[place], self._annotator[place]
+        return self.forward(place), self._annotator[place]
 
     def _number_prompt(self, prompt: Prompt) -> tuple[int, Prompt]:
         key = prompt_key(prompt)
@@ -116,7 +116,7 @@ class LabelTable:
 
     @property
     def votes(self) -> Ints:
-        """(N,) how many labels each stands for: rows of nobody named are opinions of different people.
+        """(N,) how many rows each counts for in a dispute: those of nobody named all count.
 
         A named annotator's second row of the same kind is a copy, not a second opinion.
         """
@@ -126,10 +126,9 @@ class LabelTable:
         """The number of one label's prompt."""
         return self._prompt[place]
 
-    def alone(self, place: int) -> bool:
-        """Whether all labels of this label's pair are the same."""
-        low, high = sorted((self._chosen[place], self._rejected[place]))
-        return len(self._signed.get((self._prompt[place], low, high), ())) < 2
+    def forward(self, place: int) -> bool:
+        """Which order a label has: the same for all labels that name the same response of a pair."""
+        return self._chosen[place] < self._rejected[place]
 
     def pair_prompts(self) -> Ints:
         """(pairs,) the prompt of each distinct pair."""
@@ -148,8 +147,8 @@ class LabelTable:
         """Every pair in both orders."""
         found = []
         for places in self.repeated():
-            forward = [place for place in places if self._sign(place)[0] == self._sign(places[0])[0]]
-            backward = [place for place in places if self._sign(place)[0] != self._sign(places[0])[0]]
+            forward = [place for place in places if self.forward(place) == self.forward(places[0])]
+            backward = [place for place in places if self.forward(place) != self.forward(places[0])]
             if backward:
                 found.append(Contradiction(forward, backward))
         return found

@@ -143,8 +143,24 @@ def test_rows_of_nobody_named_vote_though_copies_are_put_aside(tmp_path):
     data, quarantine = load(tmp_path, rows)
     assert put_aside(quarantine) == [(43, "duplicate"), (41, "contradiction")]
     assert ("q", "a", "b") in texts(data.train + data.heldout)
-    agreed = data.report.findings.agreement
-    assert (agreed.pairs, agreed.labels, agreed.raw.value) == (1, 3, pytest.approx(1 / 3))
+    assert data.report.findings.agreement.pairs == 0  # whether they are opinions or copies is not known
+
+
+def test_rows_of_nobody_named_are_one_opinion_beside_named_ones(tmp_path):
+    rows = [
+        *FILLING,
+        pair("p", "a", "b"),
+        pair("p", "a", "b"),  # a copy of that, or a second opinion
+        pair("p", "a", "b", annotator="ada"),
+        pair("p", "b", "a", annotator="bob"),
+        pair("q", "a", "b"),
+        pair("q", "b", "a"),  # either way: no opinion of q
+        pair("q", "b", "a", annotator="ada"),
+        pair("q", "b", "a", annotator="bob"),
+    ]
+    agreed = load(tmp_path, rows, contradictions="keep")[0].report.findings.agreement
+    # p: two of three alike, of three pairs of labels one agrees; q: both of two.
+    assert (agreed.pairs, agreed.labels, agreed.raw.value) == (2, 5, pytest.approx((1 / 3 + 1) / 2))
 
 
 # --- split -----------------------------------------------------------------------------------------------
@@ -252,6 +268,16 @@ def test_cycles_beyond_the_noise_are_found_out(tmp_path):
     report = load(tmp_path, compared(60, 3, lambda _, i, j, __: (j - i) % 3 == 1, ("ada", "bob")))[0].report
     assert report.findings.cycles.value == 1.0
     assert any("more cycles" in doubt and "no single scale of reward" in doubt for doubt in report.doubts)
+
+
+def test_a_file_joined_to_itself_does_not_make_ordinary_noise_a_doubt(tmp_path):
+    """Copies would agree always, and then the cycles that noise of a fifth makes would be too many."""
+    rng = random.Random(0)
+    rows = compared(60, 4, lambda _, i, j, __: (i < j) == (rng.random() < 0.8))
+    once, twice = load(tmp_path, rows)[0].report, load(tmp_path, rows + rows)[0].report
+    assert once.findings.cycles.low > 0
+    assert twice.findings == once.findings
+    assert (once.doubts, twice.doubts) == ([], [])
 
 
 def test_differing_tastes_are_told_from_noise(tmp_path):
