@@ -195,6 +195,13 @@ class PreferenceReport:
             *self.findings.sentences(self.policy),
         ]
 
+    def source_sentences(self) -> list[str]:
+        """The same for a source that is not split, as its pairs are only scored."""
+        return [
+            *(sentence for source in self.sources for sentence in source.sentences()),
+            *self.findings.sentences(self.policy),
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Plain values only: all figures, `doubts`, `warnings` and `sentences`."""
         return {

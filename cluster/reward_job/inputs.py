@@ -58,7 +58,10 @@ class PairSet:
 
 @dataclass(frozen=True, slots=True)
 class RewardInputs:
-    """The inputs of a job. `sets` has "train", "heldout" and what `[[evaluate]]` names."""
+    """The inputs of a job. `sets` has "train", "heldout" and what `[[evaluate]]` names.
+
+    `report` tells what the training source is like, `elsewhere` the same of each `[[evaluate]]` file.
+    """
 
     model_path: Path
     text: TextFormat
@@ -67,6 +70,7 @@ class RewardInputs:
     data: PairData
     sets: dict[str, PairSet]
     report: PreferenceReport
+    elsewhere: dict[str, PreferenceReport]
     quarantine: Quarantine
 
     @property
@@ -94,8 +98,11 @@ def prepare_reward_job(config: RewardJobConfig, run_dir: Path) -> RewardInputs:
     preferences = load_preferences(settings, quarantine)
     sources = {TRAIN: preferences.train, HELDOUT: preferences.heldout}
     names = {TRAIN: settings.train, HELDOUT: settings.heldout or settings.train}
+    elsewhere: dict[str, PreferenceReport] = {}
     for one in config.evaluate:
-        sources[one.name] = _further(one.name, one.file, settings, quarantine, preferences.train)
+        sources[one.name], elsewhere[one.name] = _further(
+            one.name, one.file, settings, quarantine, preferences.train
+        )
         names[one.name] = one.file
     if config.model.scratch is not None:
         alphabet = alphabet_of(_texts(pair for pairs in sources.values() for pair in pairs)) or " "
@@ -126,6 +133,7 @@ def prepare_reward_job(config: RewardJobConfig, run_dir: Path) -> RewardInputs:
         data=_pair_data(table, sets[TRAIN]),
         sets=sets,
         report=preferences.report,
+        elsewhere=elsewhere,
         quarantine=quarantine,
     )
 
@@ -136,8 +144,8 @@ def _further(
     settings: PreferenceSettings,
     quarantine: Quarantine,
     train: Sequence[Preference],
-) -> list[Preference]:
-    """All pairs of an `[[evaluate]]` file, less those whose prompt is trained on."""
+) -> tuple[list[Preference], PreferenceReport]:
+    """All pairs of an `[[evaluate]]` file but those whose prompt is trained on, and what the file is like."""
     changes: dict[str, Any] = {
         "train": file,
         "heldout": "",
@@ -162,7 +170,7 @@ def _further(
             f"evaluate.file = {file!r} (name = {name!r}): all of its prompts are trained on; give pairs on "
             "other prompts"
         )
-    return new
+    return new, found.report
 
 
 def _field(name: str) -> str:

@@ -20,6 +20,7 @@ from cluster.job import Kind
 from cluster.learner_ranks import put
 from cluster.learner_run import LearnerRun
 from cluster.monitor import Monitor, dump, write_atomically
+from cluster.reward_job.account import account, warnings
 from cluster.reward_job.config import RewardJobConfig
 from cluster.reward_job.evaluation import evaluate_model
 from cluster.reward_job.finish import (
@@ -74,8 +75,8 @@ class RewardRun(LearnerRun):
         """How many pairs there are, and what of them is in doubt."""
         monitor.event(f"data: {describe_sets(self.inputs.sets)}")
         self.inputs.quarantine.announce(monitor.event)
-        for doubt in self.inputs.report.doubts:
-            monitor.event(f"warning: {doubt}")
+        for said in (*self.inputs.report.doubts, *warnings(self.inputs, self.config)):
+            monitor.event(f"warning: {said}")
 
     async def _work(self) -> bool:
         await self._give_data()
@@ -278,7 +279,7 @@ class RewardRun(LearnerRun):
             "parameters": self._parameters,
             "reward_model": str(self.run_dir / REWARD_MODEL) if self._card else None,
             "reward_model_version": self._card.version if self._card else None,
-            "preferences": self.inputs.report.to_json(),
+            **account(self.inputs, self.config),
         }
 
     def write_report(self) -> Path:

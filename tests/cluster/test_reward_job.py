@@ -15,6 +15,7 @@ import pytest
 from cluster.config import JobConfig
 from cluster.config_file import ConfigError, dump_config, load_job, parse_config, parse_job
 from cluster.job import run_job
+from cluster.reward_job.account import account, warnings
 from cluster.reward_job.config import RewardJobConfig
 from cluster.reward_job.evaluation import evaluate_model
 from cluster.reward_job.finish import FlatRewardError, normalisation
@@ -198,6 +199,25 @@ def test_pairs_from_elsewhere_leave_out_what_is_trained_on(tmp_path: Path) -> No
     assert inputs.quarantine.counts["in training set"] > 0
 
 
+def test_what_the_preferences_are_like_is_said_and_kept(tmp_path: Path) -> None:
+    """Every longer response is chosen, every pair has a margin, and a file to evaluate on has a bad row."""
+    rows = [{"prompt": f"p{n}", "chosen": "ab" * 3, "rejected": "a", "margin": 1.0} for n in range(100)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    far = [*({"prompt": one, "chosen": "a", "rejected": "b"} for one in ("f", "g")), {"prompt": "f"}]
+    (tmp_path / "far.jsonl").write_text("".join(json.dumps(row) + "\n" for row in far))
+    override = f'evaluate=[{{name = "far", file = "{tmp_path}/far.jsonl"}}]'
+    inputs = prepare(tmp_path, override)
+    said = warnings(inputs, parse(SMALL, override))
+    assert len(said) == 2
+    assert "may learn length" in said[0]
+    assert f"{len(inputs.data.chosen)} of {len(inputs.data.chosen)} training pairs have a margin" in said[1]
+    assert len(warnings(inputs, parse(SMALL, "reward_model.margin=true"))) == 1
+    kept = account(inputs, parse(SMALL, override))
+    assert kept["preferences"]["warnings"] == said
+    assert "2 pairs used" in kept["preferences_elsewhere"]["far"]["sentences"][0]
+    assert "1 × missing column (lines 3)" in kept["preferences_elsewhere"]["far"]["sentences"][1]
+
+
 def test_a_wrong_model_or_file_is_one_message(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs.jsonl", 20)
     text = (
@@ -336,7 +356,8 @@ def test_a_transformer_learns_and_plain_transformers_give_its_scores(tmp_path: P
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["status"], summary["objective"]) == ("completed", "reward_model")
     assert summary["accuracy"] > 0.75
-    assert "How good it is" in (run_dir / "report.html").read_text()
+    page = (run_dir / "report.html").read_text()
+    assert all(title in page for title in ("How good it is", "The preferences"))
     assert 'id="reliability"' in (run_dir / "report.html").read_text()
     metrics = rows_of(run_dir)
     assert [row["learner_step"] for row in metrics] == list(range(1, summary["steps"] + 1))

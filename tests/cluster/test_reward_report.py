@@ -14,7 +14,7 @@ ALONE = {"value": 0.5, "low": None, "high": None}  # one prompt: a value without
 WHOLE = {"value": 0.75, "low": 0.5, "high": 0.875}
 
 
-def report(folder: Path, accuracy: dict[str, Any], pearson: dict[str, Any] | None) -> str:
+def report(folder: Path, accuracy: dict[str, Any], pearson: dict[str, Any] | None, **summary: Any) -> str:
     """The page for a held-out set with these figures."""
     (folder / "reward_model").mkdir()
     heldout = {
@@ -26,7 +26,9 @@ def report(folder: Path, accuracy: dict[str, Any], pearson: dict[str, Any] | Non
     }
     (folder / "reward_model" / EVALUATION).write_text(json.dumps({"heldout": heldout}))
     (folder / "summary.json").write_text(
-        json.dumps({"objective": "reward_model", "status": "completed", "reward_model_version": "abc"})
+        json.dumps(
+            {"objective": "reward_model", "status": "completed", "reward_model_version": "abc", **summary}
+        )
     )
     (folder / "config.toml").write_text('objective = "reward_model"\n')
     (folder / "metrics.jsonl").write_text("")
@@ -45,3 +47,12 @@ def test_what_cannot_be_told_is_left_out(
     accuracy: dict[str, Any], pearson: dict[str, Any] | None, said: str, tmp_path: Path
 ) -> None:
     assert said in report(tmp_path, accuracy, pearson)
+
+
+def test_the_page_says_what_the_preferences_are_like(tmp_path: Path) -> None:
+    told = {"sentences": ["3 labels & 2 pairs."], "doubts": ["no more than coin flips"], "warnings": ["long"]}
+    other = {"sentences": ["Put aside: 2 × duplicate (lines 4, 7)."], "doubts": [], "warnings": []}
+    page = report(tmp_path, WHOLE, NOTHING, preferences=told, preferences_elsewhere={"far": other})
+    assert '<p class="error">In doubt: no more than coin flips</p><p class="error">long</p>' in page
+    assert "<li>3 labels &amp; 2 pairs.</li>" in page
+    assert "<h3>far</h3><ul><li>Put aside: 2 × duplicate (lines 4, 7).</li></ul>" in page
