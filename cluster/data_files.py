@@ -18,9 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cluster.json_array import array_elements, begins_array
+
 MAX_LINE_BYTES = 16 * 2**20
+MAX_ARRAY_BYTES = 2 * 2**30
 HUB_TIMEOUT_S = 30.0
 _EXCERPT_CHARACTERS = 200
+_HEAD_BYTES = 4096  # enough to tell an array from lines
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -131,7 +135,7 @@ def _looks_like_path(name: str) -> bool:
 def _read_file(path: Path, reading: Reading, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
     suffix = path.suffix.lower()
     if suffix in _JSON_SUFFIXES:
-        yield from _read_json_lines(path, reading, field)
+        yield from _read_json(path, reading, field)
     elif suffix == ".parquet":
         yield from _plain_rows(_parquet_rows([path]), reading, field)
     else:
@@ -158,7 +162,7 @@ def _read_folder(
             if suffix == ".parquet":
                 yield from _plain_rows(_parquet_rows(files), reading, field)
             elif len(files) == 1:
-                yield from _read_json_lines(files[0], reading, field)
+                yield from _read_json(files[0], reading, field)
             else:
                 raise ValueError(
                     f"{field}: {len(files)} files {split}-*{suffix} in {place}: join them into one"
@@ -170,16 +174,42 @@ def _read_folder(
     )
 
 
-# --- JSON Lines ----------------------------------------------------------------------------------------
+# --- JSON Lines, JSON arrays ---------------------------------------------------------------------------
 
 
-def _read_json_lines(path: Path, reading: Reading, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_json(path: Path, reading: Reading, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as file:
+        is_array = begins_array(file.read(_HEAD_BYTES))
+    yield from (_read_array(path, reading, field) if is_array else _read_json_lines(path, reading))
+
+
+def _read_array(path: Path, reading: Reading, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The elements of an array, numbered as lines are."""
+    size = path.stat().st_size
+    remedy = f"write one JSON object a line, for example with `jq -c '.[]' {path.name}`"
+    if size > MAX_ARRAY_BYTES:
+        raise ValueError(
+            f"{field} = {str(path)!r} is one JSON array of {size / 2**30:.1f} GiB, which would be read whole: "
+            + remedy
+        )
+    number = 0
+    try:
+        for number, element in enumerate(array_elements(path.read_text(encoding="utf-8-sig")), start=1):
+            try:
+                row = parse_line(element.encode())
+            except BadRow as bad:
+                reading.reject(number, bad, element)
+            else:
+                yield number, row
+    except ValueError as error:  # a UnicodeDecodeError is one too
+        raise ValueError(
+            f"{field} = {str(path)!r} is a JSON array that cannot be read after row {number}: {error}; {remedy}"
+        ) from error
+
+
+def _read_json_lines(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         for line, raw in enumerate(_lines(file), start=1):
-            if line == 1 and raw.lstrip(b"\xef\xbb\xbf \t").rstrip() in (b"[", b"[{"):
-                raise ValueError(
-                    f"{field} = {str(path)!r} is one JSON array: write one JSON object a line (JSON Lines)"
-                )
             if not raw.strip():
                 reading.blank += 1
                 continue

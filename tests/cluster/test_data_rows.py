@@ -97,13 +97,32 @@ def test_windows_line_ends_and_a_byte_order_mark_do_no_harm(tmp_path: Path, toke
     assert put_aside(quarantine) == []
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_read_element_by_element(
+    indent: int | None, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [GOOD[0], {"prompt": 7}, 3, GOOD[1], {"prompt": "x", "weight": float("nan")}, GOOD[2]]
+    file = tmp_path / "d.json"
+    file.write_bytes(b"\xef\xbb\xbf " + json.dumps(rows, indent=indent).encode() + b"\n")
+    data, quarantine = load(tmp_path, tokenizer, file)
+    assert put_aside(quarantine) == [(2, "wrong type"), (3, "not an object"), (5, "non-finite number")]
+    prompts = {prompt.text for prompt in (*data.train.prompts, *data.heldout.prompts)}
+    assert prompts == {"say one", "say two", "say three"}
+    monkeypatch.setattr(data_files, "MAX_ARRAY_BYTES", 20)
+    with pytest.raises(ValueError, match=r"one JSON array of 0\.0 GiB, which would be read whole"):
+        load(tmp_path, tokenizer, file)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("none.jsonl", None, "no such file"),
         ("dir/none", None, "Hugging Face hub|no such file"),
         ("d.csv", b"prompt\nx\n", "JSON Lines .* or Parquet"),
-        ("d.json", b'[\n{"prompt": "x"}\n]\n', "one JSON array"),
+        ("d.json", b'[\n{"prompt": "x"}\n', "JSON array that cannot be read after row 1.*jq -c"),
+        ("d.json", b'[{"prompt": "x"}, {"prompt"', "JSON array that cannot be read after row 1"),
+        ("d.json", b'[{"prompt": "x"}]\n[{"prompt": "y"}]', "after row 1: '\\[.*' follows the array"),
+        ("d.json", b'[{"prompt": "\xff"}]', "JSON array that cannot be read after row 0: 'utf-8'"),
         ("d.jsonl", b"", "has no rows"),
         ("d.parquet", b"PAR1 this is no parquet file PAR1", "cannot be read after row 0"),
     ],
