@@ -189,8 +189,8 @@ def _read_array(path: Path, reading: Reading, field: str) -> Iterator[tuple[int,
     remedy = f"write one JSON object a line, for example with `jq -c '.[]' {path.name}`"
     if size > MAX_ARRAY_BYTES:
         raise ValueError(
-            f"{field} = {str(path)!r} is one JSON array of {size / 2**30:.1f} GiB, which would be read whole: "
-            + remedy
+            f"{field} = {str(path)!r} is one JSON array of {size / 2**30:.1f} GiB, and arrays are held in "
+            f"memory whole: {remedy}"
         )
     number = 0
     try:
@@ -203,7 +203,8 @@ def _read_array(path: Path, reading: Reading, field: str) -> Iterator[tuple[int,
                 yield number, row
     except ValueError as error:  # a UnicodeDecodeError is one too
         raise ValueError(
-            f"{field} = {str(path)!r} is a JSON array that cannot be read after row {number}: {error}; {remedy}"
+            f"{field} = {str(path)!r} is a JSON array that cannot be read after row {number}: {error}; "
+            + remedy
         ) from error
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.data import check_messages
 from cluster.data_files import BadRow, Quarantine, Reading, read_rows
+from cluster.preferences.forms import as_number, unread
 from cluster.preferences.settings import DEFAULT_HELDOUT_FRACTION, PreferenceSettings
 from cluster.preferences.split import heldout_prompts, part_of
 from learner.preference_settings import KTOSettings
@@ -125,11 +126,7 @@ def _finished(row: Mapping[str, Any], settings: PreferenceSettings) -> bool:
         return True
     value = _present(row, column) if settings.required("finished_column") else row.get(column)
     if value is not None and not isinstance(value, bool):
-        raise BadRow(
-            "wrong type",
-            f'{column!r} is {value!r:.40}: write true or false, or set preferences.finished_column = "" to '
-            "leave it unread",
-        )
+        raise BadRow("wrong type", f"{column!r} is neither true nor false{unread('finished_column')}")
     return value is not False
 
 
@@ -140,11 +137,10 @@ def _weight(row: Mapping[str, Any], settings: PreferenceSettings) -> float:
     value = _present(row, column) if settings.required("weight_column") else row.get(column)
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow("wrong type", f"{column!r} is no number")
-    if value < 0:
-        raise BadRow("negative weight", f"{column!r} is {value:g}")
-    return float(value)
+    weight = as_number(value, column, unread("weight_column"))
+    if weight < 0:
+        raise BadRow("negative weight", f"{column!r} is {weight:g}")
+    return weight
 
 
 def _present(row: Mapping[str, Any], column: str) -> Any:

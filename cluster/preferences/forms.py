@@ -8,9 +8,11 @@
     (none)          texts                       whole dialogues: the prompt ends with the last mark of a
                                                 reply, such as "\\n\\nAssistant:", in what they share
 
-A message is `{"role", "content"}`, or `{"from", "value"}` as ShareGPT has it.
+A message is `{"role", "content"}`, or `{"from", "value"}` as ShareGPT has it. Its content is a text, or a
+list of parts `{"type": "text", "text": …}`.
 """
 
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -35,6 +37,7 @@ REPLY_MARKS = (
     "### Assistant:",
     "\nASSISTANT:",
 )
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -187,10 +190,25 @@ def _message(value: Any, number: int, column: str) -> Message:
     for name, other in (("role", "from"), ("content", "value")):
         if name not in message and other in message:
             message[name] = message.pop(other)
+        if name == "content" and isinstance(message.get(name), list):
+            message[name] = _joined(message[name], number, column)
         if not isinstance(message.get(name), str):
             raise BadRow("wrong type", f"message {number} of {column!r} has no text under {name!r}")
     message["role"] = _ROLES.get(message["role"], message["role"])
     return message
+
+
+def _joined(parts: list[Any], number: int, column: str) -> str:
+    """The text of a message in parts, one after the other, as chat templates write it."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else _kind(part)
+        if kind != "text" or not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise BadRow(
+                "wrong type",
+                f"message {number} of {column!r} has a part of type {kind!r}: only parts of type 'text' with "
+                "a text can be read, so leave such messages out",
+            )
+    return "".join(part["text"] for part in parts)
 
 
 def _from_conversations(
@@ -261,8 +279,8 @@ def _with_system(prompt: Prompt, row: Mapping[str, Any], settings: PreferenceSet
 def _margin(row: Mapping[str, Any], settings: PreferenceSettings) -> float:
     if not settings.chosen_score_column:
         return settings.margin_scale * _not_negative(row, settings, "margin_column", 0.0)
-    better = _number(_present(row, settings.chosen_score_column), settings.chosen_score_column)
-    worse = _number(_present(row, settings.rejected_score_column), settings.rejected_score_column)
+    better = as_number(_present(row, settings.chosen_score_column), settings.chosen_score_column)
+    worse = as_number(_present(row, settings.rejected_score_column), settings.rejected_score_column)
     if better < worse:
         raise BadRow("scores contradict", f"chosen scores {better:g}, rejected {worse:g}")
     return settings.margin_scale * (better - worse)
@@ -281,28 +299,41 @@ def _not_negative(row: Mapping[str, Any], settings: PreferenceSettings, field: s
     if value is None:
         return default
     column = getattr(settings, field)
-    number = _number(value, column)
+    number = as_number(value, column, unread(field))
     if number < 0:
         raise BadRow(f"negative {field.removesuffix('_column')}", f"{column!r} is {number:g}")
     return number
 
 
-def _number(value: Any, column: str) -> float:
+def as_number(value: Any, column: str, remedy: str = "") -> float:
+    """A number, or a text that is one, as a float; BadRow for anything else, with the remedy."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow("wrong type", f"{column!r} is a {_kind(value)}, not a number")
+        raise BadRow("wrong type", f"{column!r} is a {_kind(value)}, not a number{remedy}")
     try:
-        return float(value)
-    except OverflowError as error:
-        raise BadRow("non-finite number", f"{column!r} is too large") from error
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if math.isinf(number):
+        raise BadRow("non-finite number", f"{column!r} is too large")
+    return number
+
+
+def unread(field: str) -> str:
+    """The end of a message on an optional column, for one that means something else in the user's file."""
+    return f'; preferences.{field} = "" leaves the column unread'
 
 
 def _name(row: Mapping[str, Any], settings: PreferenceSettings, field: str) -> str:
     value = _optional(row, settings, field)
     if value is None:
         return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of whole numbers with gaps is often saved as fractions
     if isinstance(value, bool) or not isinstance(value, str | int):
-        column = getattr(settings, field)
-        raise BadRow("wrong type", f"{column!r} is a {_kind(value)}, not a text or whole number")
+        told = f"{getattr(settings, field)!r} is a {_kind(value)}, not a text or whole number{unread(field)}"
+        raise BadRow("wrong type", told)
     return sys.intern(str(value).strip())
 
 
@@ -311,18 +342,12 @@ def _finished(row: Mapping[str, Any], settings: PreferenceSettings) -> tuple[boo
     value = _optional(row, settings, "finished_column")
     if value is None:
         return True, True
-    column = settings.finished_column
-    remedy = f'or set preferences.finished_column = "" to leave {column!r} unread'
-    if not isinstance(value, dict):
+    sides = [value.get(side) for side in ("chosen", "rejected")] if isinstance(value, dict) else []
+    if not sides or not all(isinstance(side, bool | None) for side in sides):
         wanted = '{"chosen": true, "rejected": false}'
-        raise BadRow("wrong type", f"{column!r} is a {_kind(value)}: write an object like {wanted}, {remedy}")
-    sides = [True if value.get(side) is None else value[side] for side in ("chosen", "rejected")]
-    for side, found in zip(("chosen", "rejected"), sides, strict=True):
-        if not isinstance(found, bool):
-            raise BadRow(
-                "wrong type", f"{side!r} of {column!r} is a {_kind(found)}: write true or false, {remedy}"
-            )
-    return sides[0], sides[1]
+        told = f"{settings.finished_column!r} is not of the form {wanted}{unread('finished_column')}"
+        raise BadRow("wrong type", told)
+    return sides[0] is not False, sides[1] is not False
 
 
 def _kind(value: object) -> str:

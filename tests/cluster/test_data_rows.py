@@ -109,7 +109,7 @@ def test_a_json_array_is_read_element_by_element(
     prompts = {prompt.text for prompt in (*data.train.prompts, *data.heldout.prompts)}
     assert prompts == {"say one", "say two", "say three"}
     monkeypatch.setattr(data_files, "MAX_ARRAY_BYTES", 20)
-    with pytest.raises(ValueError, match=r"one JSON array of 0\.0 GiB, which would be read whole"):
+    with pytest.raises(ValueError, match=r"one JSON array of 0\.0 GiB, and arrays are held in memory whole"):
         load(tmp_path, tokenizer, file)
 
 

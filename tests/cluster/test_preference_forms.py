@@ -57,6 +57,14 @@ GOOD = {
         },
         [USER],
     ),
+    "contents in parts": (
+        {
+            "prompt": [{"role": "user", "content": [{"type": "text", "text": "2+2?", "image_url": None}]}],
+            "chosen": [bot([{"type": "text", "text": "4"}, {"type": "text", "text": ""}])],
+            "rejected": bot([{"type": "text", "text": "5"}]),
+        },
+        [USER],
+    ),
     "null columns of Parquet structs": (
         {
             "chosen": [USER | {"name": None}, bot("4") | {"name": None}],
@@ -147,6 +155,20 @@ def test_a_response_is_finished_unless_the_row_says_that_it_was_cut_off(told, re
     assert (off.chosen_finished, off.rejected_finished) == (True, True)
 
 
+def test_values_that_only_look_wrong_are_read():
+    label = parse(ROW | {"margin": " 1.5", "weight": "2", "annotator": 3.0, "subset": 4.0})
+    assert (label.margin, label.weight, label.annotator, label.subset) == (1.5, 2.0, "3", "4")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("margin", "n/a"), ("weight", True), ("annotator", 3.5), ("finished", "yes")]
+)
+def test_a_column_that_means_something_else_need_not_be_read(column, value):
+    with pytest.raises(BadRow, match=f'preferences.{column}_column = "" leaves the column unread'):
+        parse(ROW | {column: value})
+    assert parse(ROW | {column: value}, **{f"{column}_column": ""}).chosen == "4"
+
+
 def test_columns_that_are_named_are_required():
     assert parse(ROW | {"m": 2.0}, margin_column="m", margin_scale=0.5).margin == 1.0
     assert parse(ROW | {"gold": 3, "other": 1}, keep_columns=["gold"]).row == {"gold": 3}
@@ -210,7 +232,14 @@ BAD = {
     ),
     "empty chosen": (ROW | {"chosen": ""}, "empty response"),
     "blank rejected": (ROW | {"rejected": " \n"}, "empty response"),
-    "margin a text": (ROW | {"margin": "1"}, "wrong type"),
+    "margin a text": (ROW | {"margin": "n/a"}, "wrong type"),
+    "margin with marks between digits": (ROW | {"margin": "1_000"}, "wrong type"),
+    "margin a text beyond floats": (ROW | {"margin": "1e999"}, "non-finite number"),
+    "annotator a fraction": (ROW | {"annotator": 3.5}, "wrong type"),
+    "part an image": (
+        ROW | {"chosen": [{"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        "wrong type",
+    ),
     "margin a flag": (ROW | {"margin": True}, "wrong type"),
     "margin below zero": (ROW | {"margin": -1}, "negative margin"),
     "weight below zero": (ROW | {"weight": -0.5}, "negative weight"),
