@@ -21,7 +21,7 @@ from typing import Any
 from cluster.data import check_messages
 from cluster.data_files import BadRow
 from cluster.preferences.settings import PreferenceSettings
-from rewards.preferences.records import Preference, Prompt
+from rewards.preferences.records import Preference, Prompt, response_key
 
 Message = dict[str, Any]
 
@@ -48,7 +48,7 @@ def parse_pair(row: Mapping[str, Any], line: int, settings: PreferenceSettings) 
     rejected = _present(row, settings.rejected_column)
     prompt, chosen, rejected = _texts(row.get(settings.prompt_column), chosen, rejected, settings)
     prompt = _with_system(prompt, row, settings)
-    if chosen.strip() == rejected.strip():
+    if response_key(chosen) == response_key(rejected):
         raise BadRow("identical responses", "chosen and rejected are the same text")
     if settings.empty_responses == "put-aside":
         for name, text in ((settings.chosen_column, chosen), (settings.rejected_column, rejected)):

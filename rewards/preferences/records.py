@@ -5,12 +5,14 @@ Keys are SHA-256 in hex, the same on every machine and in every run:
     prompt_key = H(messages as JSON), a text counting as one user message
     key        = H(prompt_key, the two responses' own hashes in sorted order)
 
-White space is folded in a prompt and stripped from a response before hashing: two rows that differ only there
-are the same prompt, so a split by prompt cannot put one of them on each side.
+Before hashing, white space is folded in a prompt and stripped from a response, and both are brought to
+Unicode's composed form (NFC): two rows that differ only there are the same prompt, so a split by prompt
+cannot put one of them on each side. The texts themselves stay as they are.
 """
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +57,10 @@ def prompt_key(prompt: Prompt) -> str:
     """64 hex digits for a prompt; a text and a single user message of that text have the same."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     folded = [
-        {name: " ".join(value.split()) if isinstance(value, str) else value for name, value in one.items()}
+        {
+            name: " ".join(_composed(value).split()) if isinstance(value, str) else value
+            for name, value in one.items()
+        }
         for one in messages
     ]
     return _digest(json.dumps(folded, sort_keys=True))
@@ -63,7 +68,7 @@ def prompt_key(prompt: Prompt) -> str:
 
 def response_key(response: str) -> str:
     """64 hex digits for a response, white space at its ends aside."""
-    return _digest(response.strip())
+    return _digest(_composed(response).strip())
 
 
 def pair_key(prompt: Prompt, first: str, second: str) -> str:
@@ -74,6 +79,10 @@ def pair_key(prompt: Prompt, first: str, second: str) -> str:
 def join_keys(prompt: str, first: str, second: str) -> str:
     """The pair's key from the keys of its parts."""
     return _digest("\n".join((prompt, *sorted((first, second)))))
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def _digest(text: str) -> str:

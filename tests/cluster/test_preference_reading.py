@@ -75,6 +75,25 @@ def test_a_duplicate_is_the_same_label_of_the_same_annotator(tmp_path):
     assert details == ["the same label stands in line 41", "the same label stands in line 42"]
 
 
+def test_composed_and_decomposed_letters_are_the_same_text_and_stay_as_they_are(tmp_path):
+    """é as one character and as e with an accent."""
+    one, two = "caf\u00e9", "cafe\u0301"
+    rows = [
+        *FILLING,
+        pair(one, "oui", "non"),  # line 41
+        pair(two, "oui", "non"),  # the same label
+        pair(two, "oui", one),  # another pair of the same prompt
+        pair(one, one, two),
+        pair(one, two, "oui"),  # contradicts line 43
+    ]
+    data, quarantine = load(tmp_path, rows, contradictions="keep")
+    assert put_aside(quarantine) == [(42, "duplicate"), (44, "identical responses")]
+    assert data.report.findings.contradictory_lines == [(43, 45)]
+    held = {label.line: label for label in data.train + data.heldout}
+    assert len({held[line].prompt_key for line in (41, 43, 45)}) == 1
+    assert (held[41].prompt, held[43].prompt, held[45].chosen) == (one, two, two)
+
+
 def test_texts_that_stand_in_several_rows_are_held_once(tmp_path):
     rows = [pair("the same prompt", f"answer {i}", f"answer {i + 1}") for i in range(9)]
     data, _ = load(tmp_path, [*rows, *FILLING], heldout_fraction=0.02)

@@ -52,5 +52,11 @@ def test_white_space_counts_inside_a_response_and_not_around_it():
     assert response_key(" a b\n") == response_key("a b") != response_key("a  b")
 
 
+def test_how_a_letter_is_composed_makes_no_other_text():
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    assert prompt_key(composed) == prompt_key(decomposed) != prompt_key("cafe")
+    assert response_key(composed) == response_key(decomposed) != response_key("cafe")
+
+
 def test_texts_that_no_encoding_takes_have_keys():
     assert len(pair_key("\ud800", "\udfff", "")) == 64
