@@ -16,8 +16,9 @@ training prompt has. At each seed all biases and methods see the same responses.
    annotator with length controlled for.
 
 The unit is the seed: intervals are 95 % t intervals over seeds, differences are paired. A claim passes where
-its whole interval is beyond its bound; p-values (two-sided t) are Holm's over the claims of a part. Each
-finished cell is added to length_bias.json at once, so an interrupted benchmark goes on where it was.
+its whole interval is beyond its bound; p-values (two-sided t) are Holm's over the claims of a part, without
+the secondary ones: label accuracy beside gold accuracy. Each finished cell is added to length_bias.json at
+once, so an interrupted benchmark goes on where it was.
 """
 
 import argparse
