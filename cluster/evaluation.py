@@ -48,6 +48,8 @@ class Evaluation:
     mean over samples of Σ_t (e^(−δ) − 1 + δ), δ = log μ − log π_ref, which is never negative; `entropy` is
     −mean log μ over tokens, an estimate of the policy's entropy from its own samples; `lengths` are the mean
     response tokens of each prompt; `passed` has [samples that passed, samples] of each, where it is asked.
+    `reward_std` and `heldout_std` are standard deviations over all responses, of the training reward and of
+    the mean of the held-out rewards; None where fewer than two responses have one.
     """
 
     version: int
@@ -62,6 +64,8 @@ class Evaluation:
     finished_fraction: float | None = None
     lengths: dict[str, float] = field(default_factory=dict)
     passed: dict[str, list[int]] = field(default_factory=dict)
+    reward_std: float | None = None
+    heldout_std: float | None = None
 
     @property
     def mean(self) -> float:
@@ -160,6 +164,7 @@ async def evaluate(
     samples: int,
     version: int,
     rule: PassRule | None = None,
+    heldout_rewards: Sequence[str] = (),
     on_free: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Sample and score every prompt at the training temperature, spread over all rollout actors.
@@ -175,6 +180,7 @@ async def evaluate(
         samples: responses to each prompt.
         version: of the weights that all actors hold.
         rule: what it is to pass, for pass@k.
+        heldout_rewards: labels of those whose mean is the held-out reward, for its standard deviation.
         on_free: given where training goes on beside, which keeps half of the slots; called when there may be
             one for it.
     """
@@ -193,7 +199,7 @@ async def evaluate(
         return await scoring.score(replace(sampled, evaluation=True))
 
     answers = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
-    return summarise(answers, version, rule)
+    return summarise(answers, version, rule, heldout_rewards)
 
 
 def _refuse_other_versions(sampled: SampledGroup, version: int) -> None:
@@ -206,7 +212,10 @@ def _refuse_other_versions(sampled: SampledGroup, version: int) -> None:
 
 
 def summarise(
-    answers: Sequence[Group | RewardFailure], version: int, rule: PassRule | None = None
+    answers: Sequence[Group | RewardFailure],
+    version: int,
+    rule: PassRule | None = None,
+    heldout_rewards: Sequence[str] = (),
 ) -> Evaluation:
     """Put scored groups together to an evaluation."""
     groups = [answer for answer in answers if isinstance(answer, Group)]
@@ -234,7 +243,20 @@ def summarise(
             g.prompt.id: float(np.mean([len(t.completion.token_ids) for t in g.trajectories])) for g in groups
         },
         passed=rule.counts(groups) if rule is not None else {},
+        reward_std=_std([t.reward for t in trajectories]),
+        heldout_std=_std(_means_over(heldout_rewards, trajectories)),
     )
+
+
+def _means_over(labels: Sequence[str], trajectories: Sequence[Trajectory]) -> list[float]:
+    """Mean of these components of each response that has them all."""
+    having = [t.components for t in trajectories if labels and t.components.keys() >= set(labels)]
+    return [float(np.mean([components[label] for label in labels])) for components in having]
+
+
+def _std(values: Sequence[float]) -> float | None:
+    """Standard deviation with n − 1; None of fewer than two values."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _kl(trajectory: Trajectory) -> tuple[float, float]:

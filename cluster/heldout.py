@@ -144,6 +144,7 @@ class HeldOut:
             samples=self._config.run.evaluate_samples,
             version=step,
             rule=self._rule,
+            heldout_rewards=self.tracker.roles.heldout,
             on_free=on_free,
         )
         self._latest = evaluation

@@ -70,7 +70,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("overoptimisation/heldout_ci95", "Half width of its 95 % t interval over prompts.", "reward", "small beside its changes", "As `heldout/reward_ci95`."),
         Metric("overoptimisation/gold", "The gold reward, where one is known: `role = \"evaluate\"` and kind `task` or name `gold`. No rule sees it.", "reward", "rises with the proxy", "Falls while the proxy rises: the proxy is being gamed."),
         Metric("overoptimisation/gold_ci95", "Half width of its 95 % t interval over prompts.", "reward", "small beside its changes", "As `heldout/reward_ci95`."),
-        Metric("overoptimisation/gap", "(gain of the proxy − gain of the held-out reward), each since the first evaluation and in standard deviations over prompts of that evaluation.", "standard deviations", "below 1", "Above: the proxy rises where the held-out reward does not follow."),
+        Metric("overoptimisation/gap", "(gain of the proxy − gain of the held-out reward), each since the first evaluation and in standard deviations over the responses of that evaluation.", "standard deviations", "below 1", "Above: the proxy rises where the held-out reward does not follow."),
         Metric("overoptimisation/disagreement", "Mean over held-out responses of the standard deviation of a trained reward model's members.", "reward", "as in the first evaluation", "Twice that: the policy is where the reward model has seen no labels; collect some there."),
     ),
     "Adversarial imitation": (

@@ -78,6 +78,8 @@ class OverOptimisation:
                 proxy_by_prompt=evaluation.rewards,
                 disagreement=disagreement,
                 length=evaluation.mean_length,
+                proxy_std=evaluation.reward_std,
+                heldout_std=evaluation.heldout_std,
             )
         )
         self.last_step = evaluation.version
@@ -142,7 +144,8 @@ class OverOptimisation:
 def normalised_gap(state: Mapping[str, Any], proxy: Means, heldout: Means) -> float | None:
     """Mean over prompts of Δproxy/sd(proxy) − Δheldout/sd(heldout), both since the first evaluation.
 
-    `state` is that of the stop rules, which keep the first evaluation and its standard deviations. None where
+    `state` is that of the stop rules, which keep the first evaluation and its standard deviations over
+    responses. Those do not shrink as prompts get more samples, as those of prompts' means would. None where
     there is no such level or no common prompt.
     """
     first = state["first"].get("normalised_gap")

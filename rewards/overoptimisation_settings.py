@@ -23,7 +23,7 @@ class StopSettings(Settings):
     normalised_gap: Action = Field(
         "warn",
         description="When the trained reward has risen by more than `gap_limit` further than the held-out "
-        "one, each in standard deviations of the first evaluation: off, warn, or stop.",
+        "one, each in standard deviations over the responses of the first evaluation: off, warn, or stop.",
     )
     gap_limit: float = Field(
         1.0, gt=0, description="normalised_gap: the gap allowed, in standard deviations."

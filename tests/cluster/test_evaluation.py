@@ -92,9 +92,25 @@ def test_single_rewards_and_estimates_of_kl_and_entropy() -> None:
     assert all(lookup(name) for name in row)
 
 
+def test_standard_deviations_are_over_responses() -> None:
+    # Two judges, whose mean is the held-out reward; the last response lacks one of them.
+    scored = group("a", [1.0, 2.0, 6.0])
+    judged = ({"judge": 1.0, "twin": 3.0}, {"judge": 5.0, "twin": 3.0}, {"judge": 9.0})
+    trajectories = tuple(
+        dataclasses.replace(t, components=one) for t, one in zip(scored.trajectories, judged, strict=True)
+    )
+    groups = [dataclasses.replace(scored, trajectories=trajectories), group("b", [3.0])]
+    result = summarise(groups, version=4, heldout_rewards=["judge", "twin"])
+    # 1, 2, 6, 3 have mean 3: √((4 + 1 + 9 + 0)/3). (1 + 3)/2 = 2 and (5 + 3)/2 = 4 have mean 3: √(1 + 1).
+    assert result.reward_std == pytest.approx(math.sqrt(14 / 3))
+    assert result.heldout_std == pytest.approx(math.sqrt(2))
+    alone = summarise([group("a", [0.25])], version=2)
+    assert (alone.reward_std, alone.heldout_std) == (None, None)
+
+
 def test_an_evaluation_of_an_earlier_version_can_be_read(tmp_path: Path) -> None:
     fields = json.loads(summarise([group("a", [0.25])], version=2).to_json())
-    for name in ("components", "kl_k3", "entropy", "finished_fraction"):
+    for name in ("components", "kl_k3", "entropy", "finished_fraction", "reward_std", "heldout_std"):
         del fields[name]
     (tmp_path / "old.json").write_text(json.dumps(fields))
     old = Evaluation.load(tmp_path / "old.json")

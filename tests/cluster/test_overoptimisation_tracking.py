@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from monitor_helpers import rows, settings
 
+from actors.records import Completion, Group, Prompt, Trajectory
 from cluster import heldout as heldout_module
 from cluster.config_file import parse_config
-from cluster.evaluation import Evaluation
+from cluster.evaluation import Evaluation, summarise
 from cluster.heldout import EVALUATION_AFTER, HeldOut
 from cluster.monitor import Monitor
 from cluster.overoptimisation import OverOptimisation, normalised_gap
@@ -263,6 +264,44 @@ async def test_a_longer_run_takes_in_the_evaluation_at_the_end_of_the_first(
         await again.measure_during(20)
     assert again.stopped_by is None  # it only warns
     assert [one["rule"] for one in again.tracker.verdicts] == ["heldout_decline"]
+
+
+def sampled(prompt: str, proxies: list[float], judges: list[float]) -> Group:
+    trajectories = tuple(
+        Trajectory(Completion((5,), (-1.0,), (0,), "", "stop"), proxy, {"judge": judge}, (-1.0,))
+        for proxy, judge in zip(proxies, judges, strict=True)
+    )
+    return Group(1, Prompt(prompt, (1,), prompt), trajectories, "rollout-0", 0.1, 0.1)
+
+
+@synchronous
+async def test_more_samples_a_prompt_do_not_narrow_the_scale_of_the_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard deviations are those of single responses, not those of the means of four of them."""
+
+    async def made_up(*_: Any, version: int, heldout_rewards: tuple[str, ...], **__: Any) -> Evaluation:
+        risen = version / 5
+        groups = [
+            sampled(
+                prompt,
+                [mean + off + 2 * risen for off in (-3, -1, 1, 3)],
+                [2 * (mean + off) + risen for off in (-3, -1, 1, 3)],
+            )
+            for prompt, mean in (("a", -0.5), ("b", 0.5))
+        ]
+        return summarise(groups, version, heldout_rewards=heldout_rewards)
+
+    story = Story(tmp_path, monkeypatch, 'stop.normalised_gap="stop"')
+    monkeypatch.setattr(heldout_module, "evaluate", made_up)
+    held, monitor = story.start()
+    with monitor:
+        await held.measure_before(0)
+        outcome = await held.measure_during(5)
+    # Proxy at step 0: Σ(x − 0)² = 2·(9 + 1 + 1 + 9) + 8·.5² = 42 over 7, so its sd is √6; the judge's is 2√6.
+    # It rises by 2, the judge by 1. The two prompts' means have sd √.5, which would make the gap 2.12.
+    assert outcome.row["overoptimisation/gap"] == pytest.approx(2 / math.sqrt(6) - 1 / (2 * math.sqrt(6)))
+    assert held.stopped_by is None
 
 
 @synchronous
