@@ -259,6 +259,15 @@ def overoptimisation(row: Row) -> list[tuple[str, str]]:
         shown.append(("√KL", number(row.get(f"{root}kl_sqrt"))))
     if row.get(f"{root}disagreement") is not None:
         shown.append(("disagreement", number(row[f"{root}disagreement"])))
+    if shown:
+        shown += [
+            (name, text(row[f"heldout/{key}"]))
+            for name, key, text in (
+                ("eval length", "response_tokens", number),
+                ("EOS rate", "finished_fraction", percent),
+            )
+            if row.get(f"heldout/{key}") is not None
+        ]
     return shown
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from cluster.console import clock, number
+from cluster.console import clock, number, percent
 from cluster.figures import Picture, draw_all
 from cluster.figures_overoptimisation import SERIES, curves, draw_overoptimisation
 from cluster.monitor import write_atomically
@@ -17,6 +17,17 @@ from cluster.report_data import RunData, load_run
 REPORT = "report.html"
 _MOST_SAMPLES = 12
 _MOST_CHARACTERS = 2000
+# What an evaluation shows of over-optimisation: heading, the value's name in the metrics, how it reads.
+_EVALUATION = (
+    ("√KL", "overoptimisation/kl_sqrt", number),
+    ("trained reward", "overoptimisation/proxy", number),
+    ("held-out reward", "overoptimisation/heldout", number),
+    ("gold reward", "overoptimisation/gold", number),
+    ("gap", "overoptimisation/gap", number),
+    ("disagreement", "overoptimisation/disagreement", number),
+    ("length", "heldout/response_tokens", number),
+    ("EOS rate", "heldout/finished_fraction", percent),
+)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -172,7 +183,7 @@ def _figure(picture: Picture) -> str:
 
 
 def _over_optimisation(run: RunData) -> str:
-    """What the rules said, and Gao's curves in numbers."""
+    """What the rules said, Gao's curves in numbers, and every evaluation."""
     verdicts = [d for d in run.decisions if d.get("setting") == "stop"]
     said = "".join(
         f"<li><b>Step {_text(v.get('learner_step'))}: {_text(str(v.get('rule')).replace('_', ' '))} "
@@ -180,8 +191,8 @@ def _over_optimisation(run: RunData) -> str:
         f"<i>What it cannot see: {_text(v.get('blind_spot'))}</i></li>"
         for v in verdicts
     )
-    fits = _fits(run)
-    if not said and not fits:
+    fits, evaluations = _fits(run), _evaluations(run)
+    if not said and not fits and not evaluations:
         return ""
     table = (
         "<p>Gao's form R(d) = d(α − β log d), d = √KL, through the first evaluation, with 95 % intervals:</p>"
@@ -190,7 +201,25 @@ def _over_optimisation(run: RunData) -> str:
         if fits
         else ""
     )
-    return f"<section><h2>Over-optimisation</h2>{f'<ul>{said}</ul>' if said else ''}{table}</section>"
+    said = f"<ul>{said}</ul>" if said else ""
+    return f"<section><h2>Over-optimisation</h2>{said}{table}{evaluations}</section>"
+
+
+def _evaluations(run: RunData) -> str:
+    """A row for each evaluation of a run that tracks over-optimisation."""
+    found = [row for row in run.metrics if row.get("overoptimisation/kl_sqrt") is not None]
+    shown = [column for column in _EVALUATION if any(row.get(column[1]) is not None for row in found)]
+    if not shown:
+        return ""
+    heads = "".join(f"<th>{_text(head)}</th>" for head in ("step", *(head for head, _, _ in shown)))
+    rows = "".join(
+        f"<tr><th>{_text(row.get('learner_step'))}</th>"
+        + "".join(f"<td class=n>{_text(text(row.get(name)))}</td>" for _, name, text in shown)
+        + "</tr>"
+        for row in found
+    )
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return _details("Every evaluation", f'<div class="scroll">{table}</div>')
 
 
 def _win_rates(run: RunData) -> str:

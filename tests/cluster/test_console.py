@@ -51,10 +51,13 @@ def test_over_optimisation_shows_where_a_run_has_it(capsys: pytest.CaptureFixtur
         "overoptimisation/gap": 0.5,
         "overoptimisation/kl_sqrt": 2.0,
         "overoptimisation/disagreement": 0.3,
+        "heldout/response_tokens": 12.25,
+        "heldout/finished_fraction": 0.875,
     }
     make_console("plain", "demo", 60).row({"learner_step": 5, "heldout/reward": 0.7, **row})
     assert capsys.readouterr().out == (
-        "step 5/60  held-out 0.700  judge 0.400 ± 0.050  gold 1.25  gap 0.500  √KL 2.00  disagreement 0.300\n"
+        "step 5/60  held-out 0.700  judge 0.400 ± 0.050  gold 1.25  gap 0.500  √KL 2.00  disagreement 0.300  "
+        "eval length 12.2  EOS rate 88 %\n"
     )
 
 

@@ -320,6 +320,8 @@ def over_optimised(run: Path) -> None:
                 "overoptimisation/gold_ci95": 0.2,
                 "overoptimisation/gap": 0.2 * d,
                 "overoptimisation/disagreement": 0.2 + 0.05 * d,
+                "heldout/response_tokens": 10.0 + n,
+                "heldout/finished_fraction": 1 - n / 100,
             }
         )
     write(run / "metrics.jsonl", metrics)
@@ -343,5 +345,10 @@ def test_over_optimisation_has_its_pictures_and_its_words(run: Path) -> None:
     assert "step 104" in page
     # The gold points lie on Gao's curve, so the fit finds α and β; highest at KL = (e^(α/β − 1))² = e².
     assert "<td>2.50 (2.50 to 2.50)</td><td>1.25 (1.25 to 1.25)</td><td>7.39</td>" in page
+    evaluations = page.split("Every evaluation")[1].split("</table>")[0]
+    for head in ("√KL", "trained reward", "held-out reward", "gold reward", "gap", "length", "EOS rate"):
+        assert f"<th>{head}</th>" in evaluations
+    assert evaluations.count("<tr>") == 1 + 9
+    assert "<td class=n>18.0</td><td class=n>92 %</td></tr></tbody>" in evaluations  # of the last
     turned = page.split("<td>gold reward</td>")[1].split("</tr>")[0]
     assert turned.endswith("<td>yes</td>")  # the peak, d = e, lies before the last evaluation's d = 4
