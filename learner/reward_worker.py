@@ -285,30 +285,11 @@ class RewardLearner(LearnerRank):
             }
             save_file({name: tensor.float() for name, tensor in whole.items()}, partial / HEAD_FILE)
         else:
-            self._write_transformer(module.model, weights, partial)
+            write_classifier(self._job, module.model, weights, partial)
         for path in partial.iterdir():
             path.chmod(0o600)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
-
-    def _write_transformer(self, model: Any, weights: dict[str, Tensor], folder: Path) -> None:
-        """As AutoModelForSequenceClassification opens it, under the configuration of the first model."""
-        from transformers import AutoConfig
-
-        model.save_pretrained(folder, state_dict=weights)
-        config = AutoConfig.from_pretrained(self._job.model_path, trust_remote_code=False)
-        config.architectures = [type(model).__name__]
-        config.dtype = DTYPES[self._job.learner.precision]
-        config.num_labels = 1
-        text = config.get_text_config()
-        config.pad_token_id = text.pad_token_id = self._job.pad_token_id
-        text.vocab_size = max(int(text.vocab_size), self._job.vocabulary)
-        config.save_pretrained(folder)
-        copy_tokenizer(self._job.model_path, folder, None)
-        tokenizer = load_tokenizer(Path(self._job.model_path))
-        if tokenizer.pad_token_id != self._job.pad_token_id:
-            choose_padding(tokenizer)
-            tokenizer.save_pretrained(folder)
 
     def read_back(self, folder: str, sequences: Sequence[int]) -> list[list[float]]:
         """Raw rewards, a row a member, of the finished reward model on disk. Asked of rank 0, at the end."""
@@ -366,3 +347,27 @@ class RewardLearner(LearnerRank):
             "reward_model.kind": self._job.reward.kind,
             "reward_model.loss": self._job.reward.loss,
         }
+
+
+def write_classifier(job: RewardJob, model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """As AutoModelForSequenceClassification opens it, under the configuration of the first model.
+
+    The tokenizer pads on the right with the token that was trained with: positions that are counted from a
+    row's first place, as GPT-2's are, would be others behind padding, and so would the scores.
+    """
+    from transformers import AutoConfig
+
+    model.save_pretrained(folder, state_dict=weights)
+    config = AutoConfig.from_pretrained(job.model_path, trust_remote_code=False)
+    config.architectures = [type(model).__name__]
+    config.dtype = DTYPES[job.learner.precision]
+    config.num_labels = 1
+    text = config.get_text_config()
+    config.pad_token_id = text.pad_token_id = job.pad_token_id
+    text.vocab_size = max(int(text.vocab_size), job.vocabulary)
+    config.save_pretrained(folder)
+    copy_tokenizer(job.model_path, folder, None)
+    tokenizer = load_tokenizer(Path(job.model_path))
+    if (tokenizer.pad_token_id, tokenizer.padding_side) != (job.pad_token_id, "right"):
+        choose_padding(tokenizer)
+        tokenizer.save_pretrained(folder)

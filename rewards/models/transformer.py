@@ -172,7 +172,7 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def choose_padding(tokenizer: Any) -> int:
-    """The tokenizer's padding token, chosen so that no sequence ends in it; its id.
+    """The tokenizer's padding token, chosen so that no sequence ends in it, and put on the right; its id.
 
     transformers takes the last token that is not padding for the end of a sequence. Where padding is the end
     token too, that would be the token before the end. So another stands in: the tokenizer's own if it is not

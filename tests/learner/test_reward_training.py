@@ -1,5 +1,6 @@
 """The order of pairs, the loss of a batch, and updates that ranks and micro-batches do not change."""
 
+import dataclasses
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from learner_ranks import run_ranks
 from tiny_learner import VOCABULARY, save_model
 
+from cluster.scratch import build_tokenizer
 from learner.reward_module import Sequences
 from learner.reward_training import (
     PairData,
@@ -21,9 +23,10 @@ from learner.reward_training import (
     head_seed,
     relative_weights,
 )
-from learner.reward_worker import RewardJob, RewardLearner
+from learner.reward_worker import RewardJob, RewardLearner, write_classifier
 from learner.settings import LearnerSettings, OptimizerSettings
 from rewards.models.settings import RewardModelSettings
+from rewards.models.transformer import load_classifier
 
 LN2 = math.log(2.0)
 
@@ -117,6 +120,42 @@ def test_what_a_pair_counts_does_not_hang_on_its_batch(scale: float) -> None:
     assert alone[2][1]["preference/margin"] == pytest.approx(math.log(3.0))
     assert of([0, 1, 2])[1]["preference/margin"] == pytest.approx(2 * math.log(3.0) / 3)
     assert "preference/margin" not in alone[0][1]
+
+
+# --- what is written -------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_pads_on_the_right_whatever_its_tokenizer_did(tmp_path: Path) -> None:
+    """GPT-2 counts positions from a row's first place, so padding before a text would change its score."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = build_tokenizer("abcdefgh", 32)
+    tokenizer.padding_side = "left"
+    shape = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "first")
+    tokenizer.save_pretrained(tmp_path / "first")
+    job = dataclasses.replace(
+        make_job(str(tmp_path / "first"), micro_batch_tokens=64),
+        pad_token_id=tokenizer.pad_token_id,
+        vocabulary=len(tokenizer),
+    )
+    model = load_classifier(job.model_path, precision="float32", device="cpu", pad_token_id=job.pad_token_id)
+    torch.nn.init.normal_(model.score.weight)
+    saved = tmp_path / "saved"
+    write_classifier(job, model, model.state_dict(), saved)
+
+    plain = AutoModelForSequenceClassification.from_pretrained(saved, num_labels=1)
+    after = AutoTokenizer.from_pretrained(saved)
+    assert (after.padding_side, after.pad_token_id) == ("right", tokenizer.pad_token_id)
+    texts = ("a", "abcdefgh", "hgf")
+    rows = [[*after(text)["input_ids"], after.eos_token_id] for text in texts]
+    with torch.no_grad():
+        single = [float(plain(torch.tensor([row])).logits[0, 0]) for row in rows]
+        padded = plain(**after.pad({"input_ids": rows}, return_tensors="pt")).logits[:, 0]
+        before = plain(**tokenizer.pad({"input_ids": rows}, return_tensors="pt")).logits[:, 0]
+    np.testing.assert_allclose(padded, single, atol=1e-5)
+    assert np.abs(before.numpy() - single).max() > 0.1  # the first tokenizer's padding would show
 
 
 # --- ranks and micro-batches -----------------------------------------------------------------------------
