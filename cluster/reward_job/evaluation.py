@@ -58,8 +58,11 @@ def evaluate_pairs(
 ) -> tuple[Estimate, dict[str, Any]]:
     """The accuracy, and everything that is known of these pairs as plain values.
 
-    Calibration takes differences of raw scores (the mean over members, less what length explains): those are
-    the logits that the loss fitted. All else takes the score that a policy would get.
+    Calibration takes differences of raw scores (the mean over members, less what length explains). With one
+    member and the Bradley-Terry loss those are the logits that the loss fitted. ODIN fitted the sum of its
+    two heads and keeps one, a residual model has had its slope on length taken out since, and classification
+    fitted responses by themselves: there it says how far the differences are from log-odds of a preference.
+    All else takes the score that a policy would get.
     """
     length = np.asarray(lengths, dtype=np.float64)
     scores = scores_from_raw(raw, length, card)

@@ -4,7 +4,8 @@
     folder/label_keys.txt     SHA-256 of every training prompt, sorted, one a line
     folder/…                  weights and tokenizer, which the version is the SHA-256 of
 
-A reader checks the version, so a folder whose weights were changed afterwards is refused.
+A reader checks the version, so a folder whose weights were changed afterwards is refused. Files that nothing
+reads when it scores, such as a README.md, are no part of it.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, Self
 
@@ -22,7 +24,12 @@ from rewards.models.settings import Kind, Loss, Rule, TextSettings
 from rewards.settings import Settings
 
 CARD, LABEL_KEYS, EVALUATION = "reward.json", "label_keys.txt", "evaluation.json"
-_OUTSIDE_VERSION = frozenset({CARD, LABEL_KEYS, EVALUATION})
+_OUTSIDE_VERSION = frozenset({CARD, EVALUATION})
+# What transformers may read: weights, tokenizers, and every JSON, as an adapter's configuration counts too.
+_IN_VERSION = (
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken"),
+    *("tokenizer*", "vocab.*", "merges.txt"),
+)
 _CHUNK = 1 << 20
 
 
@@ -143,7 +150,8 @@ def weights_version(folder: Path, card: RewardCard) -> str:
     digest.update(json.dumps(scoring, sort_keys=True).encode())
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name not in _OUTSIDE_VERSION and not path.name.startswith("."):
+        counts = any(fnmatchcase(path.name, pattern) for pattern in _IN_VERSION)
+        if counts and name not in _OUTSIDE_VERSION and not path.name.startswith("."):
             digest.update(f"\0{name}\0{_sha256(path)}".encode())
     return digest.hexdigest()
 

@@ -183,7 +183,15 @@ def test_a_changed_folder_is_refused(tmp_path: Path) -> None:
     card = write_card(tmp_path, make_card(), ["a" * 64])
     assert read_card(tmp_path) == card
     (tmp_path / "evaluation.json").write_text("{}")  # not part of the version
+    for name in ("README.md", "LICENSE", "plot.png", "notes.txt"):  # nothing reads them
+        (tmp_path / name).write_text("a reward model")
     assert read_card(tmp_path).version == card.version
+    for name in ("adapter_config.json", "merges.txt", "chat_template.jinja"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ValueError, match="changed after training"):
+            read_card(tmp_path)
+        (tmp_path / name).unlink()
+    assert read_card(tmp_path) == card
     save_classifier(tmp_path, 2)
     with pytest.raises(ValueError, match="changed after training"):
         load_reward_model(tmp_path)
