@@ -37,7 +37,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Predictions between two bounds: how many, their mean, and the share of them that came true."""
+    """Predictions between two bounds: how many, their (weighted) mean, and the share that came true."""
 
     low: float
     high: float
@@ -48,7 +48,7 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """`ece` is Σ n_b·|predicted_b − observed_b|/N over the bins that hold anything.
+    """`ece` is Σ n_b·|predicted_b − observed_b|/N over the bins that hold anything; n may be sums of weights.
 
     `ece_by_chance` is what a perfectly calibrated model would stay under with 95 % probability, given as many
     pairs: an error below it is no evidence of miscalibration.
@@ -141,27 +141,38 @@ def calibration(chosen: ArrayLike, rejected: ArrayLike, *, seed: int = 0, bins: 
     return reliability(expit(np.where(first, gap, -gap)), first, bins=bins, seed=seed)
 
 
-def reliability(predicted: ArrayLike, outcome: ArrayLike, *, bins: int = 10, seed: int = 0) -> Calibration:
-    """Calibration of probabilities (N,) against what happened (N,), in bins of equal width."""
+def reliability(
+    predicted: ArrayLike,
+    outcome: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    bins: int = 10,
+    seed: int = 0,
+) -> Calibration:
+    """Calibration of probabilities (N,) against what happened (N,), in bins of equal width.
+
+    `outcome` may be probabilities too, and `weight` (N,) those of the rows: with every case listed, the
+    error is then the exact one.
+    """
     p, happened = _vector(predicted), _vector(outcome)
-    assert len(p) == len(happened) > 0
+    w = np.ones(len(p)) if weight is None else _vector(weight)
+    assert len(p) == len(happened) == len(w) > 0
     place = np.minimum((p * bins).astype(np.intp), bins - 1)
     counts = np.bincount(place, minlength=bins)
-    sums = np.bincount(place, weights=p, minlength=bins)
-    came = np.bincount(place, weights=happened, minlength=bins)
+    mass, sums, came = (np.bincount(place, weights=v, minlength=bins) for v in (w, w * p, w * happened))
     table = [
-        Bin(b / bins, (b + 1) / bins, int(counts[b]), float(sums[b] / counts[b]), float(came[b] / counts[b]))
+        Bin(b / bins, (b + 1) / bins, int(counts[b]), float(sums[b] / mass[b]), float(came[b] / mass[b]))
         for b in range(bins)
-        if counts[b]
+        if mass[b] > 0
     ]
     rng = np.random.default_rng([seed, 1])
-    chance = [_ece(place, p, (rng.random(len(p)) < p).astype(np.float64), bins) for _ in range(200)]
-    return Calibration(_ece(place, p, happened, bins), float(np.quantile(chance, 0.95)), table)
+    chance = [_ece(place, p, (rng.random(len(p)) < p).astype(np.float64), w, bins) for _ in range(200)]
+    return Calibration(_ece(place, p, happened, w, bins), float(np.quantile(chance, 0.95)), table)
 
 
-def _ece(place: Index, predicted: Array, happened: Array, bins: int) -> float:
-    gaps = np.bincount(place, weights=predicted - happened, minlength=bins)
-    return float(np.abs(gaps).sum() / len(place))
+def _ece(place: Index, predicted: Array, happened: Array, weight: Array, bins: int) -> float:
+    gaps = np.bincount(place, weights=weight * (predicted - happened), minlength=bins)
+    return float(np.abs(gaps).sum() / weight.sum())
 
 
 # ---- rank correlation with gold, correlation with length ---------------------------------------------------

@@ -11,7 +11,13 @@ from scipy import integrate, optimize
 from scipy.special import expit
 
 from rewards.preferences.ensembles import combine
-from rewards.preferences.evaluation import accuracy, best_of_n, best_of_n_kl, calibration
+from rewards.preferences.evaluation import (
+    accuracy,
+    best_of_n,
+    best_of_n_kl,
+    calibration,
+    reliability,
+)
 from rewards.preferences.losses import bradley_terry, classification, length_residual_fit
 
 # An annotator's taste for length that outweighs the gold cost of 0.5 for each token beyond 2.
@@ -111,6 +117,28 @@ def test_scale_changes_calibration_and_not_accuracy() -> None:
         assert found == pytest.approx(published, abs=0.004)
         rates.append(accuracy(scale * won, np.zeros(len(won))).value)
     assert rates[0] == rates[1] == rates[2] == pytest.approx(0.736, abs=0.003)
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.5, 1.0, 2.0, 5.0])
+def test_scale_changes_calibration_and_not_accuracy_exactly(scale: float) -> None:
+    # All ordered pairs of responses by their levels of gold, weighted by p_i·p_j; the first wins with σ(Δ).
+    p, (good,) = levels(reference(6), gold())
+    delta = (good[:, None] - good[None, :]).ravel()
+    weight = np.outer(p, p).ravel()
+    found = reliability(expit(scale * delta), expit(delta), weight=weight)
+    # All of a bin lie on one side of 1/2, where σ(cΔ) − σ(Δ) has one sign, so nothing cancels in it.
+    expected = weight @ np.abs(expit(scale * delta) - expit(delta))
+    assert found.ece == pytest.approx(expected, abs=1e-12)
+    assert (found.ece < 1e-12) == (scale == 1.0)
+    assert scale == 1.0 or found.ece > 0.01
+    # A pair with Δ ≠ 0 is ordered right where its label goes with the sign of Δ, and ties are wrong:
+    # Σ w·σ(|Δ|) over Δ ≠ 0, whatever the scale.
+    chosen, rejected = scale * np.repeat(good, len(good)), scale * np.tile(good, len(good))
+    right = np.array(
+        [accuracy([a], [b]).value for a, b in zip(chosen, rejected, strict=True)]
+    )  # where the first was chosen; it is with σ(Δ), and the pair the other way round has the rest
+    share = 2 * (weight * expit(delta)) @ right
+    assert share == pytest.approx(weight[delta != 0] @ expit(np.abs(delta[delta != 0])), abs=1e-12)
 
 
 def test_best_of_n_estimator_is_unbiased_ties_included() -> None:
