@@ -159,10 +159,13 @@ def _show_rewards(console: Console, plan: Plan) -> None:
     console.print(table, markup=False)
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     rate = summary["win_rates"]["gold"]
-    low, high = rate["length_controlled_ci95"]
+    controlled = "unidentified, as length alone decides every one"
+    if rate["identified"]:
+        low, high = rate["length_controlled_ci95"]
+        controlled = f"{rate['length_controlled']:.1%} [{low:.1%}, {high:.1%}]"
     console.print(
         f"By gold, responses after PPO beat those before on {rate['raw']:.1%} of prompts; with length "
-        f"controlled {rate['length_controlled']:.1%} [{low:.1%}, {high:.1%}].",
+        f"controlled {controlled}.",
         markup=False,
     )
     for verdict in summary["verdicts"]:

@@ -227,20 +227,24 @@ def _win_rates(run: RunData) -> str:
     found = run.summary.get("win_rates") or {}
     rows = "".join(
         f"<tr><th>{_text(label)}</th><td>{_share(rate, 'raw')}</td>"
-        f"<td>{_share(rate, 'length_controlled')}</td></tr>"
+        f"<td>{_share(rate, 'length_controlled')}</td>"
+        f"<td class=n>{number(rate.get('length_coefficient'))}</td></tr>"
         for label, rate in found.items()
     )
     if not rows:
         return ""
     return (
         "<section><h2>Wins over the policy before</h2><p>Share of held-out prompts with a higher reward "
-        "after training, with 95 % intervals; controlled: as if responses were as long as before.</p>"
-        '<div class="scroll"><table><thead><tr><th>judged by</th><th>wins</th><th>length controlled</th></tr>'
-        f"</thead><tbody>{rows}</tbody></table></div></section>"
+        "after training, with 95 % intervals; controlled: as if responses were as long as before. φ: what "
+        "length adds to the log-odds of a win, above 0 where longer responses win.</p>"
+        '<div class="scroll"><table><thead><tr><th>judged by</th><th>wins</th><th>length controlled</th>'
+        f"<th>φ</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
 
 
 def _share(rate: Mapping[str, Any], name: str) -> str:
+    if rate[name] is None:
+        return "unidentified: length alone decides every prompt"
     low, high = rate[f"{name}_ci95"]
     return f"{rate[name]:.1%} ({low:.1%} to {high:.1%})"
 

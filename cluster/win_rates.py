@@ -1,5 +1,7 @@
-"""How often the trained policy's responses beat those of the policy before training, prompt by prompt."""
+"""How often one policy's responses beat another's, prompt by prompt: those after training, those before."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,16 +10,31 @@ from cluster.evaluation import Evaluation
 from rewards.preferences.length_control import length_controlled_win_rate
 
 
+@dataclass(frozen=True, slots=True)
+class Means:
+    """Means over the samples of each prompt, by prompt: of every reward, by its label, and of tokens."""
+
+    rewards: Mapping[str, Mapping[str, float]]
+    lengths: Mapping[str, float]
+
+
 def win_rates(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
+    """Of the trained policy over the one before training; see `wins_over`."""
+    return wins_over(Means(before.components, before.lengths), Means(after.components, after.lengths))
+
+
+def wins_over(before: Means, after: Means) -> dict[str, dict[str, Any]]:
     """By reward: `raw` and `length_controlled` win rates, each with its 95 % interval, over common prompts.
 
-    A prompt is won where the mean reward of its samples is higher after training than before; a tie is half
-    a win. Lengths are mean response tokens. Rewards that both evaluations did not measure on two prompts or
-    more are left out.
+    A prompt is won where the mean reward of its samples is higher in `after` than in `before`; a tie is half
+    a win. Lengths are mean response tokens. `length_coefficient` is φ, above 0 where longer responses win;
+    `strength` is C, which cross-validation chose. Where length alone decides every prompt, `identified` is
+    False and the length-controlled win rate None. Rewards that both did not measure on two prompts or more
+    are left out.
     """
     found = {}
-    for label in sorted(before.components.keys() & after.components.keys()):
-        theirs, mine = before.components[label], after.components[label]
+    for label in sorted(before.rewards.keys() & after.rewards.keys()):
+        theirs, mine = before.rewards[label], after.rewards[label]
         common = sorted(theirs.keys() & mine.keys() & before.lengths.keys() & after.lengths.keys())
         if "/" in label or len(common) < 2:  # a number beside a reward is none
             continue
@@ -31,8 +48,11 @@ def win_rates(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]
         found[label] = {
             "raw": rate.raw,
             "raw_ci95": [rate.raw_low, rate.raw_high],
-            "length_controlled": rate.controlled,
-            "length_controlled_ci95": [rate.low, rate.high],
+            "length_controlled": rate.controlled if rate.identified else None,
+            "length_controlled_ci95": [rate.low, rate.high] if rate.identified else None,
+            "identified": rate.identified,
+            "length_coefficient": rate.phi,
+            "strength": rate.strength,
             "prompts": rate.prompts,
         }
     return found

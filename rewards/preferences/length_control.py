@@ -7,6 +7,9 @@ Legend: N comparisons of a model with a baseline, P features. With Δ = length �
 is fitted with an L1 penalty, whose strength is chosen by cross-validation over prompts, and the win rate is
 the mean of σ(θ + ψ·difficulty): the length term is set to 0. θ takes the place of an intercept and is
 penalised as the rest. Source: Dubois et al., arXiv 2404.04475.
+
+Folds: prompts are dealt out in turn, in the order in which they first come, so folds are of equal size and
+need no seed. Rows whose kind repeats with the number of folds as its period should be shuffled first.
 """
 
 import itertools
@@ -28,6 +31,8 @@ class WinRate:
     """`raw` and `controlled` are shares of 1, each with a 95 % bootstrap interval over prompts.
 
     θ, φ and ψ are the fitted coefficients, `strength` is C, the weight of the data against the penalty.
+    `identified` is False where the data say nothing of σ(θ), and so of `controlled` and its interval: see
+    `tells_quality`.
     """
 
     raw: float
@@ -40,6 +45,7 @@ class WinRate:
     phi: float
     psi: float
     strength: float
+    identified: bool
     count: int
     prompts: int
 
@@ -60,8 +66,8 @@ def length_controlled_win_rate(
     `difficulty` is one number a comparison that says how hard its prompt is for the baseline; without it
     there is no ψ. `prompts` keeps a prompt's comparisons in one fold and one draw of the bootstrap, which
     keeps C and std(Δ) as they are. If all Δ are 0, φ is 0 and only the penalty sets the result apart from the
-    raw win rate. Where length alone decides every comparison, without noise, the data do not tell σ(θ): look
-    at `phi`, which is then very large.
+    raw win rate. Where length alone decides every comparison, without noise, the data do not tell σ(θ):
+    `identified` is then False.
     """
     y = np.asarray(preference, dtype=np.float64)
     delta = np.asarray(lengths, dtype=np.float64) - np.asarray(baseline_lengths, dtype=np.float64)
@@ -97,9 +103,24 @@ def length_controlled_win_rate(
         phi=phi,
         psi=psi,
         strength=strength,
+        identified=tells_quality(y, delta),
         count=len(y),
         prompts=groups,
     )
+
+
+def tells_quality(preference: Array, delta: Array) -> bool:
+    """Whether the comparisons (N,) tell θ at all.
+
+    They do not where who is longer decides each one in the same direction: no outcome between 0 and 1, no Δ
+    of 0, and every longer response won, or every one lost. Then any θ, and any ψ, has a φ large enough to fit
+    all outcomes as closely as one likes, so the likelihood maximised over φ is the same for every θ, and
+    only the penalty chooses among them. One comparison at equal length, or one against the rest, ends that.
+    """
+    if ((preference > 0) & (preference < 1)).any() or (delta == 0).any():
+        return True
+    longer_won = (preference == 1) == (delta > 0)
+    return bool(longer_won.any() and not longer_won.all())
 
 
 def choose_strength(features: Array, targets: Array, fold: NDArray[np.intp]) -> float:

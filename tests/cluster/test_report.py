@@ -352,3 +352,14 @@ def test_over_optimisation_has_its_pictures_and_its_words(run: Path) -> None:
     assert "<td class=n>18.0</td><td class=n>92 %</td></tr></tbody>" in evaluations  # of the last
     turned = page.split("<td>gold reward</td>")[1].split("</tr>")[0]
     assert turned.endswith("<td>yes</td>")  # the peak, d = e, lies before the last evaluation's d = 4
+
+
+def test_a_win_rate_that_length_alone_decides_is_said_to_be_unidentified(run: Path) -> None:
+    rate = {"raw": 0.75, "raw_ci95": [0.7, 0.8], "length_coefficient": 1.5, "identified": True}
+    told = rate | {"length_controlled": 0.6, "length_controlled_ci95": [0.5, 0.7]}
+    untold = rate | {"length_controlled": None, "length_controlled_ci95": None, "identified": False}
+    (run / "summary.json").write_text(json.dumps(SUMMARY | {"win_rates": {"gold": told, "judge": untold}}))
+    page = write_report(run).read_text()
+    gold, judge = (page.split(f"<tr><th>{label}</th>")[1].split("</tr>")[0] for label in ("gold", "judge"))
+    assert gold == "<td>75.0% (70.0% to 80.0%)</td><td>60.0% (50.0% to 70.0%)</td><td class=n>1.50</td>"
+    assert "<td>unidentified: length alone decides every prompt</td>" in judge

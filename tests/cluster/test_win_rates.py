@@ -28,6 +28,8 @@ def test_wins_and_ties_by_hand() -> None:
     assert low < 0.7 < high
     # Nothing is longer than anything: length explains nothing.
     assert found["gold"]["length_controlled"] == pytest.approx(0.7, abs=0.02)
+    assert (found["gold"]["length_coefficient"], found["gold"]["identified"]) == (0.0, True)
+    assert found["gold"]["strength"] > 0
 
 
 def test_a_win_by_length_alone_is_none() -> None:
@@ -41,6 +43,20 @@ def test_a_win_by_length_alone_is_none() -> None:
     assert found["raw"] > 0.7
     low, high = found["length_controlled_ci95"]
     assert low < 0.5 < high
+
+
+def test_where_length_alone_decides_there_is_no_controlled_rate() -> None:
+    before = evaluation(dict.fromkeys(PROMPTS, 10.0), judge=dict.fromkeys(PROMPTS, 0.0))
+    lengths = {name: 10.0 + (1 + n % 5) * (1 if n % 3 else -1) for n, name in enumerate(PROMPTS)}
+    judge = {name: length - 10.0 for name, length in lengths.items()}  # the longer one is the better one
+    found = win_rates(before, evaluation(lengths, judge=judge))["judge"]
+    assert (found["length_controlled"], found["length_controlled_ci95"]) == (None, None)
+    assert found["identified"] is False
+    assert found["length_coefficient"] > 5
+    # One prompt of equal length tells what its outcome is worth.
+    same = win_rates(before, evaluation(lengths | {"p0": 10.0}, judge=judge | {"p0": 1.0}))["judge"]
+    assert same["identified"] is True
+    assert same["length_controlled"] > 0.5
 
 
 def test_what_was_not_measured_is_left_out() -> None:

@@ -10,6 +10,7 @@ from rewards.preferences.length_control import (
     choose_strength,
     fit_l1_logistic,
     length_controlled_win_rate,
+    tells_quality,
 )
 
 
@@ -37,13 +38,50 @@ def test_preferences_for_length_alone_give_one_half() -> None:
 
 def test_where_the_longer_one_always_wins_the_even_point_is_at_equal_length() -> None:
     # Length separates the labels, so φ is as large as the penalty lets it and the even point, where
-    # θ + φ·tanh(Δ/std) = 0, lies in the gap between Δ = −1 and Δ = 1. σ(θ) itself may be anything there.
+    # θ + φ·tanh(Δ/std) = 0, lies in the gap between Δ = −1 and Δ = 1. σ(θ) itself may be anything there,
+    # so it is said not to be identified.
     ours, theirs = lengths()
     ours = np.where(ours == theirs, ours + 1, ours)
     delta = ours - theirs
     found = length_controlled_win_rate((delta > 0).astype(float), ours, theirs, resamples=20)
+    assert not found.identified
     assert found.phi > 10
     assert abs(found.theta / found.phi) < np.tanh(1 / delta.std(ddof=1))
+
+
+@pytest.mark.parametrize(
+    ("preference", "delta", "told"),
+    [
+        ([1, 1, 0, 0], [3, 1, -1, -2], False),  # the longer one wins
+        ([0, 0, 1, 1], [3, 1, -1, -2], False),  # the shorter one wins
+        ([1, 1, 1, 1], [3, 1, 1, 2], False),  # always longer, always won: either may be why
+        ([1, 1, 1, 1], [3, 1, -1, 2], True),  # won when shorter, too
+        ([1, 1, 0, 0], [3, -1, -2, -3], True),  # length decides, but at less than equal length
+        ([1, 1, 0.5, 0], [3, 1, 0, -2], True),  # a tie at equal length: θ is 0
+        ([1, 1, 0.9, 0], [3, 1, 2, -2], True),  # a chance of .9 bounds φ
+        ([1, 0, 1, 0], [0, 0, 0, 0], True),  # no lengths at all
+    ],
+)
+def test_when_the_comparisons_tell_quality(preference: list, delta: list, told: bool) -> None:
+    assert tells_quality(np.array(preference, dtype=float), np.array(delta, dtype=float)) is told
+
+
+def profile(theta: float, preference: np.ndarray, x: np.ndarray) -> float:
+    """The smallest log loss over φ at this θ, for φ of up to 1,000."""
+    losses = [
+        (np.logaddexp(0, theta + phi * x) - preference * (theta + phi * x)).sum()
+        for phi in np.linspace(-1000, 1000, 20_001)
+    ]
+    return float(min(losses))
+
+
+def test_unidentified_means_that_every_theta_fits_as_well() -> None:
+    x = np.tanh([1.5, 0.5, -0.5, -1.0])
+    by_length, against = np.array([1.0, 1.0, 0.0, 0.0]), np.array([1.0, 1.0, 1.0, 0.0])
+    assert [profile(theta, by_length, x) for theta in (-5.0, 0.0, 5.0)] == pytest.approx([0.0] * 3, abs=1e-6)
+    # A win at −.5 and a loss at −1: with θ = −5 no φ fits both, with θ = 7.5 one does.
+    assert profile(-5.0, against, x) > 1.0
+    assert profile(7.5, against, x) < 0.5
 
 
 def test_a_better_model_of_equal_length_keeps_its_win_rate() -> None:
@@ -102,6 +140,55 @@ def test_fit_against_an_independent_optimiser(strength: float) -> None:
     np.testing.assert_allclose(
         fit_l1_logistic(x, y, strength, weight=weight, start=start), expected, atol=1e-5
     )
+
+
+def independent_fit(x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
+    """argmin ‖w‖₁/C + Σ log loss by a general constrained solver, with w = u − v and u, v ≥ 0."""
+    p = x.shape[1]
+
+    def objective(uv: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = x @ (uv[:p] - uv[p:])
+        slope = x.T @ (expit(logits) - y)
+        value = uv.sum() / strength + (np.logaddexp(0, logits) - y * logits).sum()
+        return value, np.concatenate([slope, -slope]) + 1 / strength
+
+    found = optimize.minimize(
+        objective,
+        np.full(2 * p, 0.1),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0, None)] * 2 * p,
+        options={"maxiter": 20_000, "maxfun": 40_000, "ftol": 1e-15, "gtol": 1e-9},
+    )
+    return np.asarray(found.x[:p] - found.x[p:])
+
+
+@pytest.mark.parametrize("seed", [6, 7, 8])
+def test_the_whole_procedure_against_an_independent_one(seed: int) -> None:
+    """Folds, cross-validated C, refit and rate, written anew from the definition."""
+    rng = np.random.default_rng(seed)
+    ours, theirs = lengths(180, seed)
+    hard = rng.normal(size=60).repeat(3)
+    prompts = [f"p{number}" for number in np.arange(60).repeat(3)]
+    delta = ours - theirs
+    spread = np.sqrt(((delta - delta.mean()) ** 2).sum() / 179)
+    labels = (rng.random(180) < expit(0.3 + 0.8 * delta / spread + 0.5 * hard)).astype(float)
+    found = length_controlled_win_rate(labels, ours, theirs, difficulty=hard, prompts=prompts, resamples=2)
+    x = np.stack([np.ones(180), np.tanh(delta / spread), hard], axis=1)
+    fold = np.array([int(prompt[1:]) % 5 for prompt in prompts])
+    losses = []
+    for strength in np.logspace(-4, 4, 10):
+        of_folds = []
+        for k in range(5):
+            z = x[fold == k] @ independent_fit(x[fold != k], labels[fold != k], strength)
+            won = labels[fold == k]
+            of_folds.append(np.mean(-won * np.log(expit(z)) - (1 - won) * np.log(expit(-z))))
+        losses.append(np.mean(of_folds))
+    strength = np.logspace(-4, 4, 10)[int(np.argmin(losses))]
+    w = independent_fit(x, labels, strength)
+    assert found.strength == pytest.approx(strength)
+    assert (found.theta, found.phi, found.psi) == pytest.approx(tuple(w), abs=1e-4)
+    assert found.controlled == pytest.approx(np.mean(expit(w[0] + w[2] * hard)), abs=1e-5)
 
 
 def test_penalty_is_chosen_on_what_was_left_out() -> None:
