@@ -61,6 +61,13 @@ def add_generation(commands: Any) -> None:
         metavar="R",
         help="pass@k: a reward from which a sample passes (1, where all rewards are 0 or 1)",
     )
+    evaluate.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="folder of an earlier evaluation of the same prompts: also how often this policy beats that "
+        "one, and how often it would at equal length",
+    )
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, a new one")
     evaluate.set_defaults(run=_evaluate)
 

@@ -18,6 +18,14 @@ from actors.records import Prompt, SampledGroup
 from actors.waits import DeadlineExceeded
 from cluster.config import JobConfig
 from cluster.data_files import Quarantine
+from cluster.generation.against import (
+    SAMPLES,
+    Baseline,
+    compare,
+    prompt_key,
+    read_baseline,
+    require_comparable,
+)
 from cluster.generation.evaluation import PromptSamples, evaluate_samples
 from cluster.generation.guides import reward_guide, value_guide
 from cluster.generation.output import Output
@@ -100,6 +108,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
             raise ValueError(
                 "there is no reward to evaluate by: name one with --reward, --reward-model or --config"
             )
+        baseline = _baseline(options, task)
         scoring = _scoring(options, task, stack)
         assert scoring is not None
         judge = scoring
@@ -124,7 +133,12 @@ def run_evaluate(options: argparse.Namespace) -> int:
         if not _say_failures(failures, len(task.prompts)):
             return EXIT_FAILED
     _write_evaluation(
-        out, task, [groups[number] for number in sorted(groups)], options.pass_threshold, failures
+        out,
+        task,
+        [groups[number] for number in sorted(groups)],
+        threshold=options.pass_threshold,
+        left_out=len(failures),
+        baseline=baseline,
     )
     return EXIT_OK
 
@@ -146,6 +160,16 @@ def _prepare(options: argparse.Namespace, group_size: int, quarantine: Quarantin
     )
     quarantine.announce(lambda text: print(text, file=sys.stderr))
     return Task(config, judges, policy, prompts, temperature)
+
+
+def _baseline(options: argparse.Namespace, task: Task) -> Baseline | None:
+    """What `--against` names, where it can be compared with."""
+    if options.against is None:
+        return None
+    baseline = read_baseline(options.against)
+    keys = [prompt_key(_source(prompt), _rest(prompt)) for prompt in task.prompts]
+    require_comparable(baseline, keys, [one.label for one in task.judges.reward])
+    return baseline
 
 
 def _require_rewards(strategy: Strategy, judges: Judges) -> None:
@@ -237,8 +261,10 @@ def _write_evaluation(
     out: Path,
     task: Task,
     groups: Sequence[tuple[SampledGroup, list[Score]]],
+    *,
     threshold: float | None,
-    failures: Sequence[str],
+    left_out: int,
+    baseline: Baseline | None,
 ) -> None:
     from cluster.generation.figure import draw_evaluation
     from cluster.generation.progress import print_evaluation
@@ -247,10 +273,13 @@ def _write_evaluation(
     found = {
         "policy": task.policy.version,
         "temperature": task.temperature,
-        "left_out": len(failures),
+        "left_out": left_out,
     } | evaluate_samples([_samples_of(*one) for one in groups], judges, threshold)
+    lines = [_pool_line(*one, task.policy.version) for one in groups]
+    if baseline is not None:
+        found["against"] = compare(baseline, lines)
     out.mkdir(mode=0o700)
-    write_lines(out / "samples.jsonl", (_pool_line(*one, task.policy.version) for one in groups))
+    write_lines(out / SAMPLES, lines)
     draw_evaluation(found, out / "best_of_n.png")
     (out / "evaluation.json").write_text(
         json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -271,11 +300,19 @@ def _samples_of(group: SampledGroup, scores: Sequence[Score]) -> PromptSamples:
 
 def _pool_line(group: SampledGroup, scores: Sequence[Score], version: str) -> dict[str, Any]:
     """All samples of a prompt, as a pool of `headrace label` has them, with their rewards."""
-    rest = {name: value for name, value in group.prompt.row.items() if name != "prompt"}
-    return {"row": rest, "prompt": group.prompt.source or group.prompt.text} | {
+    return {"row": _rest(group.prompt), "prompt": _source(group.prompt)} | {
         "responses": [one.text for one in group.completions],
         "finished": [one.finished for one in group.completions],
+        "tokens": [len(one.token_ids) for one in group.completions],
         "rewards": [score.value for score in scores],
         "components": [dict(score.components) for score in scores],
         "policy": version,
     }
+
+
+def _source(prompt: Prompt) -> Any:
+    return prompt.source or prompt.text
+
+
+def _rest(prompt: Prompt) -> dict[str, Any]:
+    return {name: value for name, value in prompt.row.items() if name != "prompt"}

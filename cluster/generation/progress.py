@@ -98,9 +98,26 @@ def print_evaluation(found: Mapping[str, Any], folder: Path) -> None:
         for row in found["pass_at_k"]["rows"]:
             passes.add_row(str(row["k"]), _number(row))
         console.print(passes)
+    if "against" in found:
+        console.print(_wins(found["against"]))
     console.print(
         f"in {folder}: evaluation.json, samples.jsonl, best_of_n.png", highlight=False, soft_wrap=True
     )
+
+
+def _wins(against: Mapping[str, Any]) -> Table:
+    table = Table("judged by", "wins", "at equal length", "φ", title=f"Against {against['policy']}")
+    for label, rate in against["win_rates"].items():
+        raw, controlled = (_range(rate, name) for name in ("raw", "length_controlled"))
+        table.add_row(label, raw, controlled, f"{rate['length_coefficient']:.2f}")
+    return table
+
+
+def _range(rate: Mapping[str, Any], name: str) -> str:
+    if rate[name] is None:
+        return "unidentified"
+    low, high = rate[f"{name}_ci95"]
+    return f"{rate[name]:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def _number(row: Mapping[str, Any]) -> str:

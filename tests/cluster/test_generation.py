@@ -13,6 +13,7 @@ from tiny_reward_model import save_reward_model
 from actors.records import Completion, Prompt, SampledGroup
 from cluster.cli import _parser, main
 from cluster.data_files import Quarantine
+from cluster.generation.against import compare, prompt_key, read_baseline
 from cluster.generation.evaluation import PromptSamples, estimate, evaluate_samples
 from cluster.generation.figure import draw_evaluation
 from cluster.generation.guides import reward_guide, value_guide
@@ -144,6 +145,55 @@ def test_an_evaluation_needs_a_reward_and_a_new_folder(policy: Path, prompts: Pa
     assert "there is no reward to evaluate by" in capsys.readouterr().err
     assert main([*arguments, "--out", str(prompts.parent)]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def pool_line(prompt: str, rewards: list[float], tokens: list[int], policy: str) -> dict[str, Any]:
+    components = [{"exact": reward, "judge/std": 0.1} for reward in rewards]
+    return {"prompt": prompt, "row": {}, "components": components, "tokens": tokens, "policy": policy}
+
+
+def test_wins_over_an_earlier_evaluation(tmp_path: Path) -> None:
+    # Means of two samples: won on 12 of 20 prompts, level on 4, lost on 4, all of one length: (12 + 2)/20.
+    before = [pool_line(f"p{n}", [0.0, 1.0], [3, 5], "old@1") for n in range(20)]
+    gains = [0.5] * 12 + [0.0] * 4 + [-0.5] * 4
+    after = [pool_line(f"p{n}", [0.5 + gain] * 2, [4, 4], "new@2") for n, gain in enumerate(gains)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
+    baseline = read_baseline(tmp_path)
+    assert baseline.means.lengths == {prompt_key(f"p{n}", {}): 4.0 for n in range(20)}
+    found = compare(baseline, [*after, pool_line("another", [9.0], [1], "new@2")])
+    assert (found["policy"], found["folder"]) == ("old@1", str(tmp_path))
+    assert found["win_rates"].keys() == {"exact"}
+    assert found["win_rates"]["exact"]["raw"] == pytest.approx(0.7)
+    assert found["win_rates"]["exact"]["length_controlled"] == pytest.approx(0.7, abs=0.1)
+    assert found["win_rates"]["exact"]["prompts"] == 20
+
+
+def test_what_cannot_be_compared_with_is_told_before_an_actor_starts(
+    policy: Path, prompts: Path, capsys: Any
+) -> None:
+    old = prompts.parent / "old"
+    arguments = ["evaluate", "--policy", str(policy), "--prompts", str(prompts), "--max-new-tokens", "8"]
+    arguments += ["--reward", "exact", "--out", str(prompts.parent / "new"), "--against", str(old)]
+    rows = [row for row in map(json.loads, prompts.read_text().splitlines()) if "answer" in row]
+
+    def told(lines: list[dict[str, Any]]) -> str:
+        old.mkdir(exist_ok=True)
+        (old / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert main(arguments) == 2
+        return str(capsys.readouterr().err)
+
+    assert main(arguments) == 2
+    assert "is not what `headrace evaluate` writes" in capsys.readouterr().err
+    line = pool_line("ab=", [0.0], [4], "old@1")
+    del line["tokens"]  # an earlier version's
+    assert "make it again" in told([line])
+    assert "0 of these prompts" in told([pool_line("ab=", [0.0], [4], "old@1")])  # another answer beside it
+    same = [
+        pool_line(row["prompt"], [0.0], [4], "old@1") | {"row": {"answer": row["answer"]}} for row in rows
+    ]
+    others = [line | {"components": [{"numeric": 0.0}]} for line in same]
+    assert "it was judged by numeric and this is by exact" in told(others)
+    assert not (prompts.parent / "new").exists()
 
 
 def test_prompts_without_what_the_rewards_need_are_put_aside(

@@ -134,6 +134,18 @@ def test_an_evaluation_writes_tables_samples_and_a_picture(
     assert curve[8]["reward"]["mean"] == pytest.approx(rewards.max(axis=1).mean())
     assert found["pass_at_k"]["rows"][0]["mean"] == pytest.approx((rewards >= 5).mean())
     assert (out / "best_of_n.png").stat().st_size > 10_000
+    for row in pool:
+        assert all(0 < n <= 10 for n in row["tokens"])
+        assert all(n >= len(text) for n, text in zip(row["tokens"], row["responses"], strict=True))
+
+    # The same policy against itself, with other draws.
+    again = tmp_path / "again"
+    arguments = ["--policy", checkpoint / "policy", "--prompts", prompts, "--out", again, "--samples", 8]
+    against = ["--against", str(out), "--seed", "1"]
+    assert main(["evaluate", *map(str, arguments + judged), *against, *SMALL]) == 0
+    compared = json.loads((again / "evaluation.json").read_text(encoding="utf-8"))["against"]
+    assert compared["win_rates"].keys() == found["components"].keys()
+    assert all(0 <= rate["raw"] <= 1 for rate in compared["win_rates"].values())
 
 
 def test_soft_best_of_n_goes_on_after_an_interrupt(checkpoint: Path, tmp_path: Path) -> None:
