@@ -46,13 +46,20 @@ class EngineSpec:
     additional: Mapping[str, Any] = field(default_factory=dict)  # what it reads of vLLM's configuration
 
 
+_UNSAFE_VARIABLES = (
+    "VLLM_SERVER_DEV_MODE",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION",
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
+)
+
+
 def refuse_unsafe_environment() -> None:
-    """Raise `ValueError` where vLLM is told to open development routes or to unpickle what it receives."""
-    for variable in ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_INSECURE_SERIALIZATION"):
+    """Raise `ValueError` for a variable that opens development routes, or lets what is unpickled run code."""
+    for variable in _UNSAFE_VARIABLES:
         if os.environ.get(variable, "0") not in ("", "0"):
             raise ValueError(
-                f"environment variable {variable}={os.environ[variable]}: it lets whoever reaches the engine "
-                "run code in it; unset it"
+                f"environment variable {variable}={os.environ[variable]}: it lets others run code here, "
+                "through the engine or a file of weights; unset it"
             )
 
 

@@ -143,7 +143,10 @@ def test_tolerance_by_dtype_unless_set() -> None:
     assert probe_tolerance(SyncSettings(tolerance=0.5), "float32") == 0.5
 
 
-@pytest.mark.parametrize("variable", ["VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_INSECURE_SERIALIZATION"])
+@pytest.mark.parametrize(
+    "variable",
+    ["VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_INSECURE_SERIALIZATION", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"],
+)
 def test_unsafe_environment_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_unsafe_environment()
     monkeypatch.setenv(variable, "1")
