@@ -152,9 +152,22 @@ def total_weight(examples: Examples, members: Sequence[int]) -> float:
     return sum(examples.weight[i] for i in members) or 1.0
 
 
-def reference_point_of(method: Method, scores: Tensor) -> float:
-    """KTO's z₀ from scores of mismatched sequences; 0 where the objective has none."""
-    return float(kto_reference_point(scores)) if isinstance(method, KTOSettings) else 0.0
+def reference_point_of(
+    method: Method,
+    data: Responses,
+    examples: Examples,
+    members: Sequence[int],
+    *,
+    logprobs: Mapping[int, float],
+    reference: Sequence[float],
+) -> float:
+    """KTO's z₀ of a whole batch from log π of its mismatched sequences; 0 where the objective has none."""
+    if not isinstance(method, KTOSettings):
+        return 0.0
+    others = [examples.mismatched[i] for i in members]
+    scores = select_scores(method, data, others, logprobs, reference)
+    weight = torch.tensor([examples.weight[i] for i in members], dtype=scores.dtype)
+    return float(kto_reference_point(scores, weight))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +197,7 @@ def measure(
     used = sorted({index for i in members for index in examples.sequences(i)})
     place = {index: number for number, index in enumerate(used)}
     scores = select_scores(method, data, used, logprobs, reference)
-    point = 0.0
-    if isinstance(method, KTOSettings):
-        others = [examples.mismatched[i] for i in members]
-        point = reference_point_of(method, select_scores(method, data, others, logprobs, reference))
+    point = reference_point_of(method, data, examples, members, logprobs=logprobs, reference=reference)
     loss = loss_of(
         method,
         examples,

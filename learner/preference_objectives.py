@@ -81,12 +81,17 @@ def kto_loss(
     return _weighted_sum(torch.where(desirable, good, bad), weight, count)
 
 
-def kto_reference_point(mismatched: Tensor) -> Tensor:
-    """z₀ = max(0, mean h over responses to *other* prompts of the minibatch), a constant: no gradient.
+def kto_reference_point(mismatched: Tensor, weight: Tensor | None = None) -> Tensor:
+    """z₀ = max(0, Σ w·h / Σ w) over responses to *other* prompts of the minibatch, a constant: no gradient.
 
-    A stand-in for KL(π‖π_ref), which would need samples of π.
+    A stand-in for KL(π‖π_ref), which would need samples of π. Each has the `weight` of the example that it
+    stands beside; where all are 0 so is z₀. Both tensors are those of the *whole* minibatch.
     """
-    return mismatched.detach().mean().clamp(min=0.0)
+    values = mismatched.detach()
+    if weight is None:
+        return values.mean().clamp(min=0.0)
+    total = weight.sum()
+    return ((weight * values).sum() / torch.where(total > 0, total, 1.0)).clamp(min=0.0)
 
 
 def simpo_loss(

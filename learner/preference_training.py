@@ -27,7 +27,6 @@ from learner.preference_batch import (
     needs_reference,
     reference_point_of,
     scores_of,
-    select_scores,
     total_weight,
 )
 from learner.preference_settings import KTOSettings, Method
@@ -121,12 +120,12 @@ class Passes:
         The figures are those of the weights before the update. A method without a reference is given none.
         """
         logged: dict[int, float] = {}
-        point = 0.0
         if isinstance(method, KTOSettings):
-            rows = [examples.mismatched[i] for i in batch]
-            others = sorted(set(rows))
+            others = sorted({examples.mismatched[i] for i in batch})
             logged = dict(zip(others, self.logprobs(others), strict=True))
-            point = reference_point_of(method, select_scores(method, self.responses, rows, logged, reference))
+        point = reference_point_of(
+            method, self.responses, examples, batch, logprobs=logged, reference=reference
+        )
         parts = self._parts(examples, batch)
         padded = self.engine.in_step([part.batch for part in parts])
         count = total_weight(examples, batch)

@@ -73,6 +73,13 @@ def test_the_reference_point_of_kto_is_no_less_than_zero_and_a_constant() -> Non
     assert float(kto_reference_point(-mismatched)) == 0.0
 
 
+def test_the_reference_point_of_kto_counts_a_weight_of_two_twice() -> None:
+    """h = 1, 3, −5 with weights 1, 2, 0: (1 + 3 + 3)/3; without weight there is no point above 0."""
+    mismatched = tensor(1.0, 3.0, -5.0)
+    assert float(kto_reference_point(mismatched, tensor(1.0, 2.0, 0.0))) == pytest.approx(7 / 3)
+    assert float(kto_reference_point(mismatched, tensor(0.0, 0.0, 0.0))) == 0.0
+
+
 def test_simpo_by_hand() -> None:
     """β = 2, γ = ln 3: means of −1 and −1 − ln 3 differ by ln 3, 2·ln 3 − ln 3 = ln 3: −log ¾."""
     loss = simpo_loss(tensor(-1.0), tensor(-1.0 - LN3), beta=2.0, gamma=LN3)

@@ -106,6 +106,24 @@ def test_figures_of_labelled_responses_by_hand() -> None:
     assert found.figures["preference/margin"] == pytest.approx(2 * LN3)
 
 
+def test_a_labelled_response_of_weight_two_counts_as_two_for_the_reference_point_too() -> None:
+    """Mismatched h = 0, 2·ln 3 and 5 with weights 2, 1 and 0: z₀ = (0 + 0 + 2·ln 3)/3.
+
+    The loss and z₀ are those of the responses written out: the first twice, the last not at all.
+    """
+    data = responses_of([([1], [2]), ([3], [4]), ([1], [4]), ([3], [2]), ([3], [3])])
+    weighted = pairs_of([0, NONE, 0], [NONE, 1, NONE], mismatched=[2, 3, 4], weight=[2.0, 1.0, 0.0])
+    written_out = pairs_of([0, 0, NONE], [NONE, NONE, 1], mismatched=[2, 2, 3])
+    logprobs, reference = {0: LN3, 1: -LN3, 2: 0.0, 3: 2 * LN3, 4: 5.0}, [0.0] * 5
+    found, expected = (
+        measure(KTOSettings(), data, examples, range(3), logprobs=logprobs, reference=reference)
+        for examples in (weighted, written_out)
+    )
+    assert found.figures["preference/reference_point"] == pytest.approx(2 * LN3 / 3)
+    assert expected.figures["preference/reference_point"] == pytest.approx(2 * LN3 / 3)
+    assert found.loss == pytest.approx(expected.loss)
+
+
 # --- packing ---------------------------------------------------------------------------------------------
 
 
