@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 
-def token_rewards(sequence_rewards: Tensor, k1: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
-    """r_t = −β·k1_t + 1[t = last]·R, with k1 = log π_old − log π_ref of the sampled token.
+def token_rewards(sequence_rewards: Tensor, penalties: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+    """r_t = −β·k_t + 1[t = last]·R, with k an estimator of KL(π_old‖π_ref) from the sampled token.
 
-    sequence_rewards: (B,); k1, mask: (B, T); result (B, T). KL *in the reward* is the one estimator whose
-    policy gradient is exactly that of KL(π‖π_ref). Source: Ziegler et al., arXiv 1909.08593.
+    sequence_rewards: (B,); penalties (k), mask: (B, T); result (B, T). With k1 = log π_old − log π_ref, and
+    with no other, the policy gradient is exactly that of KL(π‖π_ref): `learner.kl.gradient_caveat`. Source:
+    Ziegler et al., arXiv 1909.08593.
     """
-    assert k1.shape == mask.shape
+    assert penalties.shape == mask.shape
     assert sequence_rewards.shape == mask.shape[:1]
     assert bool(mask[:, 0].all()), "a sequence without a token has no last token"
-    rewards = torch.where(mask, -kl_coef * k1, torch.zeros_like(k1))
+    rewards = torch.where(mask, -kl_coef * penalties, torch.zeros_like(penalties))
     last = mask.sum(dim=1, keepdim=True) - 1
     return rewards.scatter_add(1, last, sequence_rewards[:, None].to(rewards.dtype))
 

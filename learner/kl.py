@@ -41,8 +41,8 @@ def estimate(kind: Estimator, logprobs: Tensor, reference: Tensor) -> Tensor:
 
 _LATER = "; it leaves out what a token does to the KL of those after it"
 _CAVEATS: dict[tuple[Place, Estimator], str] = {
-    ("reward", "k2"): "the expected gradient is E[δ²/2 · ∇log π], of second order near the reference: "
-    "there it hardly holds the policy back",
+    ("reward", "k2"): "the expected gradient is that of the mean of Σ δ²/2 less, at each token, that of "
+    "KL(π‖π_ref); near the reference it is of second order: there it hardly holds the policy back",
     (
         "reward",
         "k3",
@@ -57,11 +57,13 @@ _CAVEATS: dict[tuple[Place, Estimator], str] = {
 def gradient_caveat(place: Place, kind: Estimator) -> str | None:
     """What the estimator descends there, in words, where it is not KL(π‖π_ref); δ = log π − log π_ref.
 
-    Inside the reward the gradient is E[k·∇log π] for a token. With k3 = e^{−δ} − 1 + δ that is E[δ·∇log π] =
-    ∇KL(π‖π_ref) plus E[e^{−δ}·∇log π] = Σ π_ref ∇log π = −∇KL(π_ref‖π); over a response E[k3] of each token
-    is its KL(π‖π_ref), so what it does to later tokens is counted as with k1, and the second part is a sum
-    over the states s that π visits, Σ_s d_π(s)·∇KL(π_ref,s‖π_s). In the loss it is E[∇k]: E[∇log π] = 0 for
-    k1, E[δ·∇log π] for k2, −Σ π_ref ∇log π for k3.
+    In the loss the gradient is E[∇k] at the states s that π visits: E[∇log π] = 0 for k1, E[δ·∇log π] =
+    ∇KL(π_s‖π_ref,s) for k2, −Σ π_ref ∇log π = ∇KL(π_ref,s‖π_s) for k3.
+
+    Inside the reward k is a number: the gradient is that of the mean E_π[Σ_t k_t], in which a token also
+    leads to later ones, less the part that runs through k itself, Σ_s d_π(s)·E_{π_s}[∇k] with the visits
+    d_π(s) held fixed. The means of k1 and k3 are KL(π‖π_ref), that of k2 is E_π[Σ_t δ_t²/2]; E_{π_s}[∇k] is
+    what k has in the loss. With k2 and k3 both parts have the same first order near the reference.
     """
     return _CAVEATS.get((place, kind))
 

@@ -116,7 +116,7 @@ def test_a_penalty_whose_gradient_is_another_is_warned_of() -> None:
         assert penalty_warning(job(objective, *overrides).ppo) is None
     for place, kind, said in (
         ("reward", "k2", "second order"),
-        ("reward", "k3", "KL(π‖π_ref) − KL(π_ref‖π)"),
+        ("reward", "k3", "less, at each token, that of KL(π_ref‖π)"),
         ("loss", "k1", "expected gradient is 0"),
         ("loss", "k2", "for one token"),
     ):

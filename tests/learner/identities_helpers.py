@@ -7,9 +7,13 @@ from enumerable_lm import EnumerableLM
 from torch import Tensor
 
 from learner.advantages import generalised_advantages, token_rewards
-from learner.kl import k1
+from learner.batch import Share
+from learner.kl import Estimator, k1
 from learner.objectives import policy_loss
+from learner.presets import PRESETS
+from learner.settings import CorrectionSettings, PPOSettings
 from learner.surrogates import Surrogate
+from learner.targets import Batch, prepare
 
 NO_CLIP = 1e9
 
@@ -30,6 +34,40 @@ def advantages_of(
     baseline = torch.zeros_like(by_token) if values is None else values[lm.listing.states]
     found, _ = generalised_advantages(by_token, baseline, mask, gamma=1.0, lam=lam)
     return found
+
+
+def advantages_of_a_step(
+    lm: EnumerableLM, rewards: Tensor, *, reference: Tensor, beta: float, estimator: Estimator
+) -> Tensor:
+    """(N, T) from `learner.targets.prepare`: rewards to come, not whitened, with the penalty in the reward.
+
+    Each response is a sample of one step on one rank, and the sampler the policy itself.
+    """
+    mask, logprobs = lm.mask, lm.token_log_probs().detach()
+    number = len(mask)
+    options = PRESETS["reinforce++"]["ppo"] | {"whiten_advantages": False}
+    found, _ = prepare(
+        Share((), mask, mask, logprobs, reference, rewards, torch.zeros_like(mask, dtype=torch.long)),
+        logprobs,
+        torch.zeros_like(logprobs),
+        settings=PPOSettings(**options, kl_in="reward", kl_estimator=estimator),
+        correction=CorrectionSettings(),
+        batch=Batch(
+            groups=torch.arange(number),
+            mine=torch.arange(number),
+            limit=mask.shape[1],
+            largest_lag=0,
+            kl_coef=beta,
+            rank=0,
+            ranks=1,
+        ),
+        reduce=_of_one_rank,
+    )
+    return found.advantages
+
+
+def _of_one_rank(values: Tensor, *, maximum: bool = False) -> Tensor:
+    return values
 
 
 def ascent(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from enumerable_lm import ENDING, FIXED, EnumerableLM, Listing, coverage_reward
-from identities_helpers import advantages_of, ascent
+from identities_helpers import advantages_of, advantages_of_a_step, ascent
 from torch import Tensor
 
 from learner.advantages import generalised_advantages, token_rewards
@@ -100,6 +100,45 @@ def test_k1_in_the_token_rewards_is_exact_over_six_tokens(listing: Listing) -> N
     found = ascent(policy, advantages_of(policy, nothing, reference=theirs, beta=0.3))
     exact = policy.gradient(policy.kl(reference))
     torch.testing.assert_close(found, -0.3 * exact, atol=1e-9, rtol=0)
+
+
+@BOTH
+def test_k2_and_k3_in_the_token_rewards_are_the_gradient_of_their_mean_less_that_through_themselves(
+    listing: Listing,
+) -> None:
+    """A learner's step with R = 0 ascends −β·(∇E_π[Σ_t k_t] − Σ_s d(s)·E_{π_s}[∇k]), visits d held fixed.
+
+    The means are E_π[Σ_t δ_t²/2] for k2 and KL(π‖ref) for k1 and k3. E_{π_s}[∇k] is 0 for k1, E[δ·∇log π] =
+    ∇KL(π_s‖ref_s) for k2 and −E[e^{−δ}·∇log π] + E[∇log π] = ∇KL(ref_s‖π_s) for k3.
+    """
+    policy, reference = pair(listing)
+    nothing, along = torch.zeros(len(listing.sequences)).double(), reference.token_log_probs().detach()
+    mine, theirs, visits = policy.table(), reference.table().detach(), policy.visits()
+    tokens = policy.token_log_probs()
+    divergence = policy.kl(reference)
+    halves = torch.where(listing.mask, k2(tokens, along), 0.0).sum(1)
+    backward = (visits * (mine.exp() * (mine - theirs)).sum(1)).sum()
+    forward = (visits * (theirs.exp() * (theirs - mine)).sum(1)).sum()
+    expected = {
+        "k1": divergence,
+        "k2": policy.expectation(halves) - backward,
+        "k3": divergence - forward,
+    }
+    for name, ascended in expected.items():
+        advantages = advantages_of_a_step(policy, nothing, reference=along, beta=0.3, estimator=name)
+        exact = policy.gradient(ascended, keep=True)
+        torch.testing.assert_close(ascent(policy, advantages), -0.3 * exact, atol=1e-9, rtol=0)
+    # Neither is the gradient of KL(π‖ref), and near ref both are of second order.
+    sizes: list[list[float]] = []
+    for h in (1e-2, 5e-3):
+        near = EnumerableLM((reference.logits + h * policy.logits).detach().requires_grad_(), listing)
+        steps = [
+            advantages_of_a_step(near, nothing, reference=along, beta=1.0, estimator=name)
+            for name in expected
+        ]
+        sizes.append([float(ascent(near, step).norm()) for step in steps])
+    ratios = [first / second for first, second in zip(*sizes, strict=True)]
+    assert ratios == pytest.approx([2.0, 4.0, 4.0], rel=0.05)
 
 
 @BOTH
