@@ -1,13 +1,15 @@
 """Best-of-n, its soft form and guided decoding: laws, distances, and the optimum that they tend to.
 
-All by enumeration (`enumerable_lm`), in float64.
+All by enumeration (`enumerable_lm`), in float64; rewards without end by quadrature.
 """
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from enumerable_lm import (
     ENDING,
@@ -173,6 +175,49 @@ def test_soft_best_of_n_tends_to_the_optimum_as_one_over_n() -> None:
         assert wider / narrower == pytest.approx(2.0, rel=0.05)
     for wider, narrower in itertools.pairwise(gaps):
         assert wider / narrower == pytest.approx(4.0, rel=0.05)
+
+
+# --- Over-optimisation by the choice alone ---------------------------------------------------------------
+
+POWERS = [1 << power for power in range(11)]  # n = 1 … 1024
+
+
+def gold_of_best_of_n(error_cdf: Callable[[np.ndarray], np.ndarray], rho: float) -> np.ndarray:
+    """(11,): E[g | best of n by the proxy ρ·g + √(1−ρ²)·e], g ~ N(0, 1), for each n of `POWERS`.
+
+    The proxy's line is cut into narrow cells; each has a mass and a mean of g by Gauss-Hermite quadrature
+    over g, and `best_of_n_law` chooses among cells.
+    """
+    gold, weights = np.polynomial.hermite_e.hermegauss(120)
+    weights = weights / weights.sum()
+    half = np.concatenate([np.linspace(0.0, 8.0, 1601)[:-1], np.geomspace(8.0, 1e5, 1500)])
+    edges = np.concatenate([-half[:0:-1], half])
+    below = error_cdf((edges[:, None] - rho * gold) / math.sqrt(1 - rho**2))  # (edges, nodes)
+    masses = np.diff(below, axis=0, prepend=0.0, append=1.0)
+    mass, total = masses @ weights, masses @ (weights * gold)
+    held = mass > 0
+    mean, order = total[held] / mass[held], np.arange(held.sum())
+    return np.array([best_of_n_law(mass[held], order, n) @ mean for n in POWERS])
+
+
+def test_a_gaussian_error_of_the_proxy_slows_the_gold_reward_down_but_never_turns_it() -> None:
+    """E[g | proxy] = ρ·proxy, so the gold reward is ρ·E[max of n]: at ρ = 0.7 from 0 to 0.7·3.248 = 2.274."""
+    found = gold_of_best_of_n(scipy.stats.norm.cdf, 0.7)
+    line = np.linspace(-10.0, 10.0, 20001)
+    density, upto = scipy.stats.norm.pdf(line), scipy.stats.norm.cdf(line)
+    largest = [np.trapezoid(line * n * density * upto ** (n - 1), line) for n in POWERS]
+    assert found == pytest.approx(0.7 * np.array(largest), abs=2e-3)
+    assert found[-1] == pytest.approx(2.274, abs=2e-3)
+    assert (np.diff(found) > 0.1).all()
+
+
+def test_an_error_with_heavy_tails_turns_the_gold_reward_over() -> None:
+    """Student's t with 2 degrees of freedom, ρ = 0.7 again: the peak is at n = 16, then error is chosen."""
+    found = gold_of_best_of_n(scipy.stats.t(2).cdf, 0.7)
+    assert POWERS[int(found.argmax())] == 16
+    assert found.max() == pytest.approx(0.676, abs=2e-3)
+    assert (np.diff(found)[4:] < -0.03).all()
+    assert found[-1] < 0.2 * found.max()
 
 
 # --- Guided decoding -------------------------------------------------------------------------------------
