@@ -1,7 +1,8 @@
 """What samples of a policy say: mean reward, pass@k, and best-of-n against its KL, all from the same samples.
 
-Rewards and pass@k are means over prompts of estimates that are unbiased for each prompt, with 95 % t
-intervals over prompts; KL and win rate are those of the samples' own distribution, in which ties are seen.
+Rewards and pass@k are means over prompts of estimates that are unbiased for each prompt; KL and win rate are
+those of the samples' own distribution, in which ties are seen. All have 95 % t intervals over prompts, but
+for the KL's bound, which is a number of n alone.
 Best-of-n chooses by the reward; the rewards of role `evaluate` say what the choice is worth.
 
 Legend: P prompts, N samples of each.
@@ -88,7 +89,7 @@ def _best_of_n(prompts: Sequence[PromptSamples], n: int, N: int, judges: Sequenc
     flat = np.full(N, 1 / N)
     return {
         "n": n,
-        "kl": _over(prompts, lambda one: sampled_kl(one.rewards, n))["mean"],
+        "kl": _over(prompts, lambda one: sampled_kl(one.rewards, n)),
         "kl_bound": kl_bound(n),
         "win_rate": _over(prompts, lambda one: best_of_n_win_rate(flat, one.rewards, n)),
         "reward": _over(prompts, lambda one: best_of_n_estimate(one.rewards, one.rewards, n)),

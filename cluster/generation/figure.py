@@ -26,7 +26,7 @@ def draw_evaluation(found: Mapping[str, Any], path: Path) -> None:
 
 def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """The reward that chooses, and those that only judge, each with its band."""
-    kls = [row["kl"] for row in rows]
+    kls = [row["kl"]["mean"] for row in rows]
     _band(axes, kls, [row["reward"] for row in rows], BLUE, "reward (chooses)")
     for number, label in enumerate(rows[0]["judged"]):
         colour = _JUDGES[number % len(_JUDGES)]
@@ -34,7 +34,7 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         axes.annotate(
             f"n={row['n']}",
-            (row["kl"], row["reward"]["mean"]),
+            (row["kl"]["mean"], row["reward"]["mean"]),
             xytext=(0, 6),
             textcoords="offset points",
             ha="center",

@@ -84,7 +84,7 @@ def print_evaluation(found: Mapping[str, Any], folder: Path) -> None:
         mark = "" if row["reliable"] else " *"
         table.add_row(
             f"{row['n']}{mark}",
-            f"{row['kl']:.3f}",
+            _number(row["kl"]),
             f"{row['kl_bound']:.3f}",
             _number(row["win_rate"]),
             _number(row["reward"]),

@@ -348,8 +348,10 @@ def test_the_tables_by_hand() -> None:
     assert [row["reliable"] for row in curve] == [True, False, False]
     # KL of the best of 2 where a share q passes: (1−q)²·log(1−q) + (1−(1−q)²)·log((1−(1−q)²)/q).
     one, two = ((1 - q) ** 2 * np.log(1 - q) + (2 * q - q * q) * np.log(2 - q) for q in (0.25, 0.5))
-    assert curve[1]["kl"] == pytest.approx((one + two) / 2)
-    assert curve[1]["kl"] < curve[1]["kl_bound"] == pytest.approx(np.log(2) - 0.5)
+    assert curve[1]["kl"] == pytest.approx(
+        {"mean": (one + two) / 2, "ci95": 12.706 * abs(one - two) / 2}, rel=1e-4
+    )
+    assert curve[1]["kl"]["mean"] < curve[1]["kl_bound"] == pytest.approx(np.log(2) - 0.5)
     assert found["reward"]["mean"] == 0.375
     assert found["response_tokens"] == {"mean": 3.0, "ci95": 0.0}
     assert estimate([2.0]) == {"mean": 2.0, "ci95": None}
