@@ -1,4 +1,4 @@
-"""Loss and gradient of every objective against public implementations, on random tensors.
+"""Losses and gradients of the objectives against public implementations, on random tensors.
 
     pip install --no-deps --target PUBLIC trl==1.16.0 verl==0.9.1 openrlhf==0.11.2 accelerate omegaconf \
         antlr4-python3-runtime==4.9.3 tensordict codetiming pyvers orjson

@@ -111,7 +111,10 @@ def our_loss(
 
 @dataclass(frozen=True)
 class Comparison:
-    """`ours` and `theirs` are functions of (step, log π with gradient); `because` says why they differ."""
+    """`ours` and `theirs` are functions of (step, log π with gradient); `because` says why they differ.
+
+    `objective` says with it which settings are not those of the objective.
+    """
 
     objective: str
     implementation: str
@@ -153,7 +156,8 @@ def group_comparisons() -> Iterator[Comparison]:
             mask = s.mask.double()
             return call(s.old, new, advantages[:, None].expand_as(mask), mask, mode, config)[0]
 
-        return Comparison(objective, "verl", ours(objective, dual if dual < 1e9 else None), loss)
+        bound = dual if dual < 1e9 else None
+        return Comparison(_with_bound(objective, bound), "verl", ours(objective, bound), loss)
 
     def openrlhf(objective: str, **options: Any) -> Comparison:
         def loss(s: Step, new: Tensor) -> Tensor:
@@ -162,7 +166,8 @@ def group_comparisons() -> Iterator[Comparison]:
             mask = s.mask.double()
             return module(new, s.old, advantages[:, None].expand_as(mask), action_mask=mask)[0]
 
-        return Comparison(objective, "openrlhf", ours(objective, options.get("dual_clip")), loss)
+        bound = options.get("dual_clip")
+        return Comparison(_with_bound(objective, bound), "openrlhf", ours(objective, bound), loss)
 
     vanilla = "compute_policy_loss_vanilla"
     yield verl("ppo", vanilla, (0.2, 0.2), "token-mean")
@@ -187,6 +192,10 @@ def group_comparisons() -> Iterator[Comparison]:
         ours("rloo"),
         lambda s, new: theirs.trl_rloo(new, s.old, s.mask, our_advantages("rloo", s), 0.2),
     )
+
+
+def _with_bound(objective: str, dual_clip: float | None) -> str:
+    return objective if dual_clip is None else f"{objective}, dual clip {dual_clip:g}"
 
 
 def _verl_grpo(step: Step, new: Tensor) -> Tensor:
@@ -226,7 +235,8 @@ def preference_comparisons() -> Iterator[Comparison]:
                 ours,
                 lambda s, new: theirs.trl_pairs("sigmoid", new, s.reference, s.mask, beta=0.3),
             )
-        yield Comparison("dpo", "openrlhf", ours, partial(openrlhf, beta=0.3, label_smoothing=smoothing))
+        name = f"dpo, smoothing {smoothing:g}" if smoothing else "dpo"
+        yield Comparison(name, "openrlhf", ours, partial(openrlhf, beta=0.3, label_smoothing=smoothing))
 
     def ipo(s: Step, new: Tensor) -> Tensor:
         return ipo_loss(*scores(s, new), tau=0.3)
