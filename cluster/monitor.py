@@ -100,6 +100,9 @@ class Monitor:
         if LEARNER_AXIS not in row:
             raise ValueError(f"a row of metrics needs {LEARNER_AXIS!r}, got {sorted(row)}")
         self._row(METRICS, {**self._hosts(), **row})
+        accuracy = row.get("discriminator/accuracy")
+        if accuracy is not None:
+            self._alerts.discriminator_accuracy(accuracy)
 
     def watched(self, hosts: Callable[[], Mapping[str, Value]]) -> None:
         """From now on each step's row has what `hosts` tells of hosts and actors then."""

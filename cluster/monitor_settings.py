@@ -6,7 +6,7 @@ from pydantic import Field
 
 from rewards.settings import Settings
 
-AlertKind = Literal["restart", "sync", "stop", "failure", "reward", "overoptimisation"]
+AlertKind = Literal["restart", "sync", "stop", "failure", "reward", "overoptimisation", "discriminator"]
 
 
 class MonitorSettings(Settings):
@@ -37,7 +37,8 @@ class MonitorSettings(Settings):
     alerts: list[AlertKind] = Field(
         default_factory=lambda: list(get_args(AlertKind)),
         description="What W&B sends alerts of: a resume or a replaced actor, a refused weight sync, a "
-        "stopped or failed run, reward errors. Leave out what you don't want; [] is none.",
+        "stopped or failed run, reward errors, a reward that is gamed, a discriminator that has won or lost. "
+        "Leave out what you don't want; [] is none.",
     )
     alert_every_s: float = Field(600, ge=0, description="Least seconds between two alerts of a kind.")
     alert_reward_errors: float = Field(

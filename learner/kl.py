@@ -43,11 +43,8 @@ _LATER = "; it leaves out what a token does to the KL of those after it"
 _CAVEATS: dict[tuple[Place, Estimator], str] = {
     ("reward", "k2"): "the expected gradient is that of the mean of Σ δ²/2 less, at each token, that of "
     "KL(π‖π_ref); near the reference it is of second order: there it hardly holds the policy back",
-    (
-        "reward",
-        "k3",
-    ): "the expected gradient is that of KL(π‖π_ref) less, at each token, that of KL(π_ref‖π); "
-    "near the reference it is of second order: there it hardly holds the policy back",
+    ("reward", "k3"): "the expected gradient is that of KL(π‖π_ref) less, at each token, that of "
+    "KL(π_ref‖π); near the reference it is of second order: there it hardly holds the policy back",
     ("loss", "k1"): "the expected gradient is 0: it adds noise and holds nothing back",
     ("loss", "k2"): "the gradient is that of KL(π‖π_ref) for one token" + _LATER,
     ("loss", "k3"): "the gradient is that of KL(π_ref‖π), the forward one, for one token" + _LATER,

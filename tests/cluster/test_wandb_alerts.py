@@ -1,9 +1,12 @@
 """Which alerts go out, by a clock that the test turns."""
 
+from pathlib import Path
+
 import pytest
 from monitor_helpers import settings
 
 from cluster.alerts import Alerts
+from cluster.monitor import Monitor
 from cluster.monitor_settings import AlertKind, MonitorSettings
 
 
@@ -69,6 +72,43 @@ def test_a_share_of_0_tells_of_the_first_error() -> None:
     heard = Heard(settings(alert_reward_errors=0.0))
     heard.alerts.reward_errors(1, 4096)
     assert len(heard.sent) == 1
+
+
+def test_a_discriminator_that_has_won_is_told_of_once_after_steps_in_a_row() -> None:
+    heard = Heard(settings(alert_every_s=0))
+    for accuracy in (0.96, 0.97, 0.98, 0.99, 0.95, 0.96, 0.97, 0.98, 0.99):  # 0.95 is not above it
+        heard.alerts.discriminator_accuracy(accuracy)
+    assert heard.sent == []
+    for _ in range(20):
+        heard.alerts.discriminator_accuracy(1.0)
+    ((kind, title, text),) = heard.sent
+    assert (kind, title) == ("discriminator", "discriminator out of balance: run-1")
+    assert "discriminator/accuracy was above 0.95 for 5 steps in a row" in text
+    assert "lower discriminator.updates" in text
+    assert heard.events == [text]
+
+
+def test_a_discriminator_that_guesses_is_told_of_by_itself() -> None:
+    """Steps on either side count only in a row, and each of the two is told of by itself."""
+    heard = Heard(settings(alert_every_s=0))
+    for accuracy in (0.5, 0.52, 0.48, 0.51, 0.53, 0.97, 0.5, 0.49, 0.5, 0.47):
+        heard.alerts.discriminator_accuracy(accuracy)
+    assert heard.events == []
+    for accuracy in [0.48, 0.5, 0.52, 0.5, 0.51, 0.5, *[0.97] * 6]:
+        heard.alerts.discriminator_accuracy(accuracy)
+    guesses, won = heard.events
+    assert "guesses: discriminator/accuracy was 0.48 to 0.52" in guesses
+    assert "else raise discriminator.updates" in guesses
+    assert "has won" in won
+
+
+def test_the_accuracy_comes_from_the_rows_of_steps(tmp_path: Path) -> None:
+    with Monitor(tmp_path, settings(), {}, 10) as monitor:
+        for step in range(1, 11):
+            monitor.step({"learner_step": step, "discriminator/accuracy": 1.0})
+            monitor.step({"learner_step": step, "heldout/reward": 0.5})  # an evaluation's, between them
+    (said,) = [line for line in (tmp_path / "events.log").read_text().splitlines() if "has won" in line]
+    assert "discriminator.label_smoothing" in said
 
 
 def test_an_unknown_kind_of_alert_is_refused() -> None:
