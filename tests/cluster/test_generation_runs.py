@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_reward_model import plain_score, save_reward_model
 
 from cluster.cli import main
 from cluster.scratch import build_scratch_model
@@ -22,6 +24,8 @@ ALPHABET = "abcdefghij="
 PROMPTS = ["ab=", "cde=", "fghij=", "a="]
 SMALL = ["--max-new-tokens", "10", "--set", "rollout.kv_cache_gib=0.05", "--set", "rollout.max_num_seqs=64"]
 TOP_K, WEIGHT = 6, 40.0
+Worth = Callable[[list[int], list[int]], float]
+"""Of a prompt's tokens and a response's, the candidate being the last of them."""
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,38 @@ def test_best_of_n_writes_the_best_and_says_what_it_chose_from(
     assert not list(tmp_path.glob("*.partial.jsonl"))
 
 
+@torch.no_grad()
+def guided_by_hand(model: Any, row: dict[str, Any], tokenizer: Any, worth: Worth) -> tuple[list[int], int]:
+    """The argmax over the top k of logit + w·worth(prompt, prefix∘token), token by token, without caches.
+
+    Beside it how many tokens are not the policy's likeliest.
+    """
+    prompt, response, changed = tokenizer(row["prompt"])["input_ids"], [], 0
+    while len(response) < 10 and (not response or response[-1] != tokenizer.eos_token_id):
+        logits = model(torch.tensor([prompt + response])).logits[0, -1]
+        candidates = logits.topk(TOP_K).indices.tolist()
+        totals = [float(logits[one]) + WEIGHT * worth(prompt, [*response, one]) for one in candidates]
+        response.append(candidates[int(np.argmax(totals))])
+        changed += response[-1] != candidates[0]
+    return response, changed
+
+
+def check_guided(found: list[dict[str, Any]], policy: Path, worth: Worth) -> None:
+    """Every response is the one that the guide asks for, and the guide had a say."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    assert [row["prompt"] for row in found] == PROMPTS
+    changed = 0
+    for row in found:
+        response, others = guided_by_hand(model, row, tokenizer, worth)
+        assert row["completion"] == tokenizer.decode(response, skip_special_tokens=True)
+        assert row["tokens"] == len(response)
+        changed += others
+    assert changed > 5, "the guide must have changed something"
+
+
 def test_value_guided_decoding_takes_what_the_critic_likes(
     checkpoint: Path, prompts: Path, tmp_path: Path
 ) -> None:
@@ -84,34 +120,58 @@ def test_value_guided_decoding_takes_what_the_critic_likes(
     arguments = ["--policy", checkpoint, "--prompts", prompts, "--out", out, "--temperature", 0]
     chosen = ["--strategy", "value-guided", "--top-k", TOP_K, "--guidance-weight", WEIGHT]
     assert main(["generate", *map(str, arguments + chosen), *SMALL]) == 0
-    model = AutoModelForCausalLM.from_pretrained(checkpoint / "policy").eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "policy")
+    backbone = AutoModelForCausalLM.from_pretrained(checkpoint / "policy").eval()
+    end = AutoTokenizer.from_pretrained(checkpoint / "policy").eos_token_id
     head = load_file(checkpoint / "value_head.safetensors")
 
-    @torch.no_grad()
-    def look(ids: list[int]) -> tuple[torch.Tensor, float]:
-        """The next token's logits, and the value of the prefix."""
-        output = model(torch.tensor([ids]), output_hidden_states=True)
-        return output.logits[0, -1], float(output.hidden_states[-1][0, -1] @ head["weight"][0] + head["bias"])
+    def value(prompt: list[int], response: list[int]) -> float:
+        """Of the prefix itself where the last token ends it."""
+        ids = prompt + (response[:-1] if response[-1] == end else response)
+        states = backbone(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
+        return float(states[0, -1] @ head["weight"][0] + head["bias"])
 
-    plainer = 0
-    for row in rows(out):
-        prompt, response = tokenizer(row["prompt"])["input_ids"], []
-        while len(response) < 10 and (not response or response[-1] != tokenizer.eos_token_id):
-            logits, here = look(prompt + response)
-            candidates = logits.topk(TOP_K).indices.tolist()
-            ahead = [
-                here if one == tokenizer.eos_token_id else look([*prompt, *response, one])[1]
-                for one in candidates
-            ]
-            totals = [
-                float(logits[one]) + WEIGHT * value for one, value in zip(candidates, ahead, strict=True)
-            ]
-            response.append(candidates[int(np.argmax(totals))])
-            plainer += response[-1] != candidates[0]
-        assert row["completion"] == tokenizer.decode(response, skip_special_tokens=True)
-        assert row["tokens"] == len(response)
-    assert plainer > 5, "the critic must have changed something"
+    check_guided(rows(out), checkpoint / "policy", value)
+
+
+@pytest.mark.parametrize("by", ["tokens", "text"])
+def test_reward_guided_decoding_takes_what_the_reward_likes(
+    by: str, checkpoint: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """The same with r(prefix∘token): of a reward model on the policy's tokens, and of a function of the text.
+
+    Its tokens are the policy's, so the end token is read as the end by the reward model; a function sees the
+    text without it. The score of a whole response is that of the reward that guided.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = save_reward_model(tmp_path / "rm", seed=5, alphabet=ALPHABET)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "policy")
+
+    def of_tokens(prompt: list[int], response: list[int]) -> float:
+        """The head on the last token, whichever that is: a classifier itself would skip padding."""
+        states = classifier.model(torch.tensor([[*prompt, *response]])).last_hidden_state
+        return float(classifier.score(states[0, -1]))
+
+    def of_text(_: list[int], response: list[int]) -> float:
+        return len(set(tokenizer.decode(response, skip_special_tokens=True)))
+
+    given, worth = {
+        "tokens": (["--reward-model", folder], of_tokens),
+        "text": (["--reward", f"{tmp_path}/mine.py:distinct"], of_text),
+    }[by]
+    out = tmp_path / "guided.jsonl"
+    arguments = ["--policy", checkpoint, "--prompts", prompts, "--out", out, "--temperature", 0]
+    chosen = ["--strategy", "reward-guided", "--top-k", TOP_K, "--guidance-weight", WEIGHT]
+    assert main(["generate", *map(str, arguments + chosen + given), *SMALL]) == 0
+    found = rows(out)
+    check_guided(found, checkpoint / "policy", worth)
+    for row in found:
+        if by == "text":
+            assert row["score"] == len(set(row["completion"]))
+        else:
+            plain = plain_score(folder, row["prompt"], row["completion"], row["finished"])
+            assert row["score"] == pytest.approx(plain, abs=1e-4)
 
 
 def test_an_evaluation_writes_tables_samples_and_a_picture(
