@@ -110,9 +110,9 @@ def test_another_model_must_fit_the_policy(tmp_path: Path, key: str) -> None:
     for folder, says in (
         (wider, "vocabulary of 14 tokens, the policy one of 13"),
         (short, "reads 16 tokens at most, less than the run's 32"),
-        (pickled, r"has no \*\.safetensors"),
+        (pickled, r"weights must be \*\.safetensors"),
         (bare, "no configuration that transformers knows"),
         (tmp_path / "absent", "is not a folder here"),
     ):
-        with pytest.raises(ValueError, match=rf"model\.{key} = .*{folder.name}.* {says}"):
+        with pytest.raises(ValueError, match=rf"model\.{key} = .*{folder.name}.*{says}"):
             start(folder)
