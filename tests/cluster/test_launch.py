@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -253,6 +254,13 @@ def test_an_environment_that_lacks_something_is_refused(host: Host, tmp_path: Pa
 
 def test_stop_ends_what_has_this_hosts_address_and_nothing_else(host: Host) -> None:
     host.with_environment()
+    # A run of whoever tests has this address too: only what this test started may be ended.
+    tools = host.home / "tools"
+    tools.mkdir()
+    for name in ("pgrep", "pkill"):
+        found = shutil.which(name)
+        (tools / name).write_text(f'#!/bin/sh\nexec {found} -P {os.getpid()} "$@"\n')
+        (tools / name).chmod(0o755)
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     mine, other = (
         subprocess.Popen([*sleeper, f"--node-ip-address={address}", "x"])
@@ -260,7 +268,11 @@ def test_stop_ends_what_has_this_hosts_address_and_nothing_else(host: Host) -> N
     )
     try:
         # A parent that has not yet waited for `mine` still shows it, but without its words.
-        done = host.run("bash ~/headrace/cluster/launch/host.sh stop", RAY_HEAD_IP="127.0.0.1")
+        done = host.run(
+            "bash ~/headrace/cluster/launch/host.sh stop",
+            RAY_HEAD_IP="127.0.0.1",
+            PATH=f"{tools}:/usr/local/bin:/usr/bin:/bin",
+        )
         assert done.returncode == 0, done.stderr
         assert mine.wait(10) != 0
         assert other.poll() is None
