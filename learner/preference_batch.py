@@ -148,8 +148,17 @@ def loss_of(
 
 
 def total_weight(examples: Examples, members: Sequence[int]) -> float:
-    """What a batch's loss is divided by; 1 where all weights are 0, and so the loss."""
-    return sum(examples.weight[i] for i in members) or 1.0
+    """What the mean loss of these examples is divided by; 1 where all weights are 0, and so the loss."""
+    return math.fsum(examples.weight[i] for i in members) or 1.0
+
+
+def usual_weight(examples: Examples, members: Sequence[int]) -> float:
+    """What so many examples weigh in the mean: what a batch's loss is divided by when it is descended.
+
+    With the batch's own weight instead, a batch of light examples would move the model as far as one of heavy
+    ones.
+    """
+    return len(members) * math.fsum(examples.weight) / len(examples) or 1.0
 
 
 def reference_point_of(

@@ -1,7 +1,7 @@
 """One update of a preference objective.
 
     batch of examples ─ this rank's share ─ the two responses of a pair always in one micro-batch
-      ─► log π of each sequence ─► scores ─► loss / total weight ─► gradient, summed over parts and ranks
+      ─► log π of each sequence ─► scores ─► loss / usual weight ─► gradient, summed over parts and ranks
 
 Losses are sums over examples, so neither ranks nor micro-batches change the result, and each pair is computed
 once. KTO's reference point belongs to the whole batch: it comes from a pass of its own, without gradient.
@@ -27,7 +27,7 @@ from learner.preference_batch import (
     needs_reference,
     reference_point_of,
     scores_of,
-    total_weight,
+    usual_weight,
 )
 from learner.preference_settings import KTOSettings, Method
 
@@ -128,7 +128,7 @@ class Passes:
         )
         parts = self._parts(examples, batch)
         padded = self.engine.in_step([part.batch for part in parts])
-        count = total_weight(examples, batch)
+        count = usual_weight(examples, batch)
         for number, packed in enumerate(padded):
             last = number == len(padded) - 1
             values = self._forward(packed)

@@ -11,7 +11,7 @@ from learner_ranks import run_ranks
 from tiny_learner import VOCABULARY, save_model
 
 from actors.packing import Pair
-from learner.preference_batch import NONE, Examples, PreferenceData, Responses, measure
+from learner.preference_batch import NONE, Examples, PreferenceData, Responses, measure, usual_weight
 from learner.preference_settings import (
     DPOSettings,
     ImitationSettings,
@@ -122,6 +122,16 @@ def test_a_labelled_response_of_weight_two_counts_as_two_for_the_reference_point
     assert found.figures["preference/reference_point"] == pytest.approx(2 * LN3 / 3)
     assert expected.figures["preference/reference_point"] == pytest.approx(2 * LN3 / 3)
     assert found.loss == pytest.approx(expected.loss)
+
+
+def test_a_batch_counts_by_its_weights_against_those_of_the_whole_set() -> None:
+    """Batches of one example: their losses over the set add up to the weighted sum, whatever the scale."""
+    light = pairs_of([0, 0, 0, 0], [1, 1, 1, 1], weight=[0.1, 0.1, 0.1, 0.1])
+    mixed = pairs_of([0, 0, 0, 0], [1, 1, 1, 1], weight=[2.0, 1.0, 1.0, 0.0])
+    assert [usual_weight(light, [i]) for i in range(4)] == pytest.approx([0.1] * 4)
+    assert [usual_weight(mixed, [i]) for i in range(4)] == pytest.approx([1.0] * 4)
+    assert usual_weight(mixed, [0, 3]) == pytest.approx(2.0)
+    assert usual_weight(pairs_of([0], [1], weight=[0.0]), [0]) == 1.0  # the loss is 0 then
 
 
 # --- packing ---------------------------------------------------------------------------------------------
@@ -264,7 +274,7 @@ def test_ranks_and_micro_batches_change_nothing(tmp_path: Path) -> None:
 
 
 def gradient_norm_by_hand(path: str, data: PreferenceData, members: list[int], beta: float) -> float:
-    """Of DPO at the reference: ‖Σ −(β/2)·w·(∇log π_w − ∇log π_l)‖ / Σ w, by plain transformers."""
+    """Of DPO at the reference: ‖Σ −(β/2)·w·(∇log π_w − ∇log π_l)‖ / (n·mean w), by plain transformers."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path)
@@ -275,7 +285,7 @@ def gradient_norm_by_hand(path: str, data: PreferenceData, members: list[int], b
             logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
             picked = torch.log_softmax(logits, -1)[torch.arange(len(response)), torch.tensor(response)]
             total = total + sign * data.train.weight[i] * picked.sum()
-    loss = -beta / 2 * total / sum(data.train.weight[i] for i in members)
+    loss = -beta / 2 * total / (len(members) * sum(data.train.weight) / len(data.train.weight))
     loss.backward()
     return math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
 
