@@ -27,7 +27,7 @@ from cluster.monitor import read_rows
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "stop_rule.json"
-LENGTH_BIAS, STEPS, EVERY = 0.3, 60, 4
+LENGTH_BIAS, STEPS, EVERY = 0.3, 28, 4
 OVERRIDES = (
     "heldout-reward-model/reward_model.loss=residual",
     f"run.steps={STEPS}",

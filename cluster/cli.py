@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cluster.generation.arguments import add_generation
 from cluster.labelling.arguments import add_label
+from cluster.reward_job.arguments import add_evaluate_reward
 
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_generation(commands)
     add_label(commands)
+    add_evaluate_reward(commands)
 
     doctor = commands.add_parser(
         "doctor",

@@ -3,9 +3,11 @@
 Legend: P pairs of a set, N its distinct responses, K members.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from cluster.reward_job.inputs import HELDOUT, TRAIN, PairSet
 from learner.reward_training import PairData
-from rewards.models.card import RewardCard
+from rewards.models.card import EVALUATION, RewardCard
 from rewards.models.loading import scores_from_raw, without_length
 from rewards.preferences.evaluation import (
     Estimate,
@@ -28,6 +30,15 @@ from rewards.preferences.evaluation import (
 
 Array = NDArray[np.float64]
 _POINTS = 400  # responses that the picture of score against length shows
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """What a reward model's folder says of how good it was found to be; empty where it says nothing."""
+    try:
+        found = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def evaluate_model(

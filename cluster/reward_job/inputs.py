@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cluster.preferences.reading import load_preferences
 from cluster.preferences.report import PreferenceReport
 from cluster.preferences.settings import PreferenceSettings
 from cluster.prepare import load_model_config, load_tokenizer, longest_sequence, resolve_model
-from cluster.reward_job.config import RewardJobConfig
+from cluster.reward_job.config import EvaluationSettings, RewardJobConfig
 from cluster.scratch import alphabet_of, build_scratch_model
 from learner.reward_module import Sequences
 from learner.reward_training import PairData
@@ -100,9 +100,12 @@ def prepare_reward_job(config: RewardJobConfig, run_dir: Path) -> RewardInputs:
     names = {TRAIN: settings.train, HELDOUT: settings.heldout or settings.train}
     elsewhere: dict[str, PreferenceReport] = {}
     for one in config.evaluate:
-        sources[one.name], elsewhere[one.name] = _further(
-            one.name, one.file, settings, quarantine, preferences.train
-        )
+        try:
+            sources[one.name], elsewhere[one.name] = pairs_from_elsewhere(
+                one.file, settings, quarantine, {pair.prompt_key for pair in preferences.train}
+            )
+        except ValueError as error:
+            raise ValueError(f"evaluate.file = {one.file!r} (name = {one.name!r}): {error}") from None
         names[one.name] = one.file
     if config.model.scratch is not None:
         alphabet = alphabet_of(_texts(pair for pairs in sources.values() for pair in pairs)) or " "
@@ -117,7 +120,7 @@ def prepare_reward_job(config: RewardJobConfig, run_dir: Path) -> RewardInputs:
     table = SequenceTable(encoder)
     sets = {}
     for name, pairs in sources.items():
-        sets[name] = table.add(pairs, names[name], quarantine, config)
+        sets[name] = table.add(pairs, names[name], quarantine, config.evaluation)
         if not len(sets[name]):
             raise ValueError(
                 f"{_field(name)} = {names[name]!r}: none of its {len(pairs)} pairs can be read by the model "
@@ -138,14 +141,13 @@ def prepare_reward_job(config: RewardJobConfig, run_dir: Path) -> RewardInputs:
     )
 
 
-def _further(
-    name: str,
-    file: str,
-    settings: PreferenceSettings,
-    quarantine: Quarantine,
-    train: Sequence[Preference],
+def pairs_from_elsewhere(
+    file: str, settings: PreferenceSettings, quarantine: Quarantine, trained: Collection[str]
 ) -> tuple[list[Preference], PreferenceReport]:
-    """All pairs of an `[[evaluate]]` file but those whose prompt is trained on, and what the file is like."""
+    """All pairs of a file but those whose prompt's key is in `trained`, and what the file is like.
+
+    `settings` say how it is read. ValueError where it cannot be, or has no pair on another prompt.
+    """
     changes: dict[str, Any] = {
         "train": file,
         "heldout": "",
@@ -154,11 +156,7 @@ def _further(
         "subset": "",
         "revision": None,
     }
-    try:
-        found = load_preferences(settings.model_copy(update=changes), quarantine)
-    except ValueError as error:
-        raise ValueError(f"evaluate.file = {file!r} (name = {name!r}): {error}") from None
-    trained = {pair.prompt_key for pair in train}
+    found = load_preferences(settings.model_copy(update=changes), quarantine)
     pairs = sorted([*found.train, *found.heldout], key=lambda pair: pair.line)
     new = [pair for pair in pairs if pair.prompt_key not in trained]
     for pair in pairs:
@@ -166,10 +164,7 @@ def _further(
             bad = BadRow("in training set", "the same prompt is trained on")
             quarantine.add(file, pair.line, bad, str(pair.prompt))
     if not new:
-        raise ValueError(
-            f"evaluate.file = {file!r} (name = {name!r}): all of its prompts are trained on; give pairs on "
-            "other prompts"
-        )
+        raise ValueError("all of its prompts are trained on; give pairs on other prompts")
     return new, found.report
 
 
@@ -198,7 +193,11 @@ class SequenceTable:
         return tuple(length for _, length in self._numbers)
 
     def add(
-        self, pairs: Sequence[Preference], source: str, quarantine: Quarantine, config: RewardJobConfig
+        self,
+        pairs: Sequence[Preference],
+        source: str,
+        quarantine: Quarantine,
+        evaluation: EvaluationSettings,
     ) -> PairSet:
         """Encode the pairs; what the model cannot read whole goes into quarantine."""
         result = PairSet()
@@ -213,7 +212,7 @@ class SequenceTable:
                 )
                 if chosen.ids == rejected.ids:
                     raise EncodingError("identical", "both responses are the same tokens")
-                gold = _gold(pair, config)
+                gold = _gold(pair, evaluation)
             except EncodingError as error:
                 excerpt = str(pair.prompt)
                 quarantine.add(source, pair.line, BadRow(error.reason, error.detail), excerpt)
@@ -236,13 +235,13 @@ class SequenceTable:
         return number
 
 
-def _gold(pair: Preference, config: RewardJobConfig) -> tuple[float, float] | None:
-    if not config.evaluation.columns:
+def _gold(pair: Preference, evaluation: EvaluationSettings) -> tuple[float, float] | None:
+    if not evaluation.columns:
         return None
-    values = [(pair.row or {}).get(column) for column in config.evaluation.columns]
+    values = [(pair.row or {}).get(column) for column in evaluation.columns]
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
         raise EncodingError(
-            "no gold reward", f"{' and '.join(map(repr, config.evaluation.columns))} must hold numbers"
+            "no gold reward", f"{' and '.join(map(repr, evaluation.columns))} must hold numbers"
         )
     return float(values[0] or 0.0), float(values[1] or 0.0)
 

@@ -1,7 +1,6 @@
 """report.html of a reward model: the page of every run, with pictures and a table of its own."""
 
 import html
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from cluster.console import number
 from cluster.monitor import write_atomically
 from cluster.report import REPORT, page
 from cluster.report_data import load_run
+from cluster.reward_job.evaluation import read_evaluation
 from cluster.reward_job.figures import draw_reward_model
-from rewards.models.card import EVALUATION
 
 _PICTURES_BEGIN = '<section class="pictures">'
 
@@ -19,22 +18,13 @@ _PICTURES_BEGIN = '<section class="pictures">'
 def write_reward_report(run_dir: Path) -> Path:
     """Write the report of a finished, running or killed run; returns its path."""
     run = load_run(run_dir)
-    evaluation = load_evaluation(run_dir)
+    evaluation = read_evaluation(run_dir / "reward_model")
     text = page(run, draw_reward_model(run, evaluation))
     sections = _section(run.summary, evaluation) + _preferences(run.summary)
     text = text.replace(_PICTURES_BEGIN, sections + _PICTURES_BEGIN, 1)
     path = run_dir / REPORT
     write_atomically(path, text)
     return path
-
-
-def load_evaluation(run_dir: Path) -> dict[str, Any]:
-    """What `evaluation.json` says; empty where the run has not come so far."""
-    try:
-        found = json.loads((run_dir / "reward_model" / EVALUATION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _section(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:

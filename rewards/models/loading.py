@@ -61,6 +61,11 @@ class RewardModel:
         self._encoder = RewardEncoder(tokenizer, card.text)
         self._scorer = scorer
 
+    @property
+    def encoder(self) -> RewardEncoder:
+        """Makes token ids of prompts and responses, as training did."""
+        return self._encoder
+
     def encode(self, items: Sequence[Item]) -> list[Encoded]:
         """Tokens of each item; EncodingError (a ValueError) for one that the model cannot read whole."""
         return [self._encoder.encode_item(item) for item in items]
