@@ -3,11 +3,11 @@
     python -m benchmarks.stop_rule [--seeds 5] [--keep FOLDER]
 
 The demo, with an annotator who likes each further character (`--length-bias 0.3`), a last stage of 28 steps,
-and a held-out twin from which length was taken out (`loss = "residual"`): one that shares the bias could not see
-it. `heldout_decline` only warns, so each run goes on to its end and gives both figures: gold at the best
-evaluation by held-out reward when the rule fires (what `"stop"` would have kept), and gold at the end. No
-rule sees gold. Where the rule does not fire, both are the end's. Each finished run is added to stop_rule.json
-at once.
+and a held-out twin from which length was taken out (`loss = "residual"`): one that shares the bias could not
+see it. `heldout_decline` only warns, so each run goes on to its end and gives both figures: gold at the best
+evaluation after the first by held-out reward when the rule fires (what `"stop"` would have kept), and gold at
+the end. No rule sees gold. Where the rule does not fire, both are the end's. Each finished run is added to
+stop_rule.json at once.
 """
 
 import argparse

@@ -11,6 +11,7 @@ _FLOW = """the way of a label:
   label annotate   show them to a person in the terminal          -> annotations.jsonl
   label simulate   or let a simulated annotator judge them        -> annotations.jsonl
   label merge      make preference rows for training              -> preferences.jsonl
+  label contrast   or prefer one policy's samples to another's    -> preferences.jsonl
 
 A pool can also be written by hand: a line {"prompt": ..., "responses": [...]} for each prompt."""
 
@@ -31,6 +32,7 @@ def add_label(commands: Any) -> None:
     _add_annotate(steps)
     _add_simulate(steps)
     _add_merge(steps)
+    _add_contrast(steps)
 
 
 def _add_generate(steps: Any) -> None:
@@ -174,6 +176,20 @@ def _add_merge(steps: Any) -> None:
     merge.set_defaults(run=_merge)
 
 
+def _add_contrast(steps: Any) -> None:
+    contrast = steps.add_parser(
+        "contrast",
+        help="prefer a policy's samples after fine-tuning to those before it",
+        description="Write a preference row for each pair of draws, the k-th of one pool against the k-th of "
+        "the other. A reward model trained on them, with preferences.contradictions = keep, learns the "
+        "log-ratio of the two policies (docs/imitation_iterated.md).",
+    )
+    for name, what in (("tuned", "preferred"), ("initial", "other")):
+        contrast.add_argument(name, metavar=name.upper(), help=f"pool of the {what} policy's samples")
+    _add_out(contrast, "the preference file to write")
+    contrast.set_defaults(run=_contrast)
+
+
 def _add_ranked(step: argparse.ArgumentParser) -> None:
     step.add_argument("ranked", type=Path, metavar="RANKED", help="a file that `label rank` wrote")
 
@@ -204,6 +220,12 @@ def _simulate(options: argparse.Namespace) -> int:
     from cluster.labelling.commands import run_simulate
 
     return run_simulate(options)
+
+
+def _contrast(options: argparse.Namespace) -> int:
+    from cluster.labelling.commands import run_contrast
+
+    return run_contrast(options)
 
 
 def _merge(options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ generate ─► pool ─► rank ─► ranked file ─► annotate or simulate 
 
 import argparse
 import getpass
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.data_files import Quarantine
+from cluster.labelling.contrast import contrast
 from cluster.labelling.files import (
     AnnotationLog,
     Pool,
@@ -246,3 +248,15 @@ def _say_put_aside(quarantine: Quarantine) -> None:
             f"{quarantine.path}",
             file=sys.stderr,
         )
+
+
+def run_contrast(options: argparse.Namespace) -> int:
+    """`label contrast`: preference rows of two pools."""
+    out = require_new(options.out)
+    with quarantine_beside(out) as quarantine:
+        rows = contrast(options.tuned, options.initial, quarantine)
+        _say_put_aside(quarantine)
+        write_lines(out, rows)
+    prompts = len({json.dumps(row["prompt"]) for row in rows})
+    print(f"{len(rows)} pairs of {prompts} prompts in {out}")
+    return EXIT_OK

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -237,26 +235,6 @@ def test_a_users_demonstrations_are_split_and_bad_rows_put_aside(tmp_path: Path)
     assert inputs.quarantine.counts.total() == 1
     assert inputs.heldout_prompts == []  # nothing could judge samples of them
     assert [prompt.token_ids for prompt in inputs.prompts] == [prompt for prompt, _ in inputs.demonstrations]
-
-
-def test_pools_of_two_policies_become_pairs(tmp_path: Path) -> None:
-    tuned = [
-        {"prompt": "a>", "responses": ["x", "y", "z"], "finished": [True, False, True]},
-        {"prompt": "only here>", "responses": ["x"]},
-    ]
-    initial = [{"prompt": "a>", "responses": ["u", "x", "w"], "finished": [True, True, True]}]
-    for name, rows in (("tuned", tuned), ("initial", initial)):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(text)
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "init_sft_pairs.py"
-    pools = [str(tmp_path / f"{name}.jsonl") for name in ("tuned", "initial")]
-    out = tmp_path / "pairs.jsonl"
-    subprocess.run([sys.executable, str(script), *pools, "--out", str(out)], check=True)
-    # y was cut off, so z is the second of its pool; draws are told apart.
-    assert [json.loads(line) for line in out.read_text().splitlines()] == [
-        {"prompt": "a>", "chosen": "x", "rejected": "u", "annotator": "draw 0"},
-        {"prompt": "a>", "chosen": "z", "rejected": "x", "annotator": "draw 1"},
-    ]
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
