@@ -34,6 +34,7 @@ def test_an_entry_says_what_it_is_in_which_unit() -> None:
     for metric in (metric for section in metrics.SECTIONS.values() for metric in section):
         assert metric.meaning.endswith("."), metric.name
         assert all((metric.meaning, metric.unit, metric.healthy, metric.action)), metric.name
+        assert "–" not in {metric.healthy, metric.action}, metric.name
 
 
 ROOT = Path(metrics.__file__).parent.parent
@@ -59,7 +60,7 @@ def documented(name: str) -> bool:
 
 @pytest.mark.parametrize("package", ["cluster", "learner", "actors"])
 def test_every_name_in_the_code_is_documented(package: str) -> None:
-    found = {name: path.name for path in (ROOT / package).glob("*.py") for name in names_in(path)}
+    found = {name: path.name for path in (ROOT / package).rglob("*.py") for name in names_in(path)}
     if package != "actors":
         assert len(found) > 20  # the search itself works
     undocumented = {name: file for name, file in found.items() if not documented(name)}
