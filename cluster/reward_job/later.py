@@ -129,7 +129,7 @@ def _print(found: dict[str, Any]) -> None:
         table.add_row(
             name,
             f"{one['pairs']:,}",
-            _interval(one["accuracy"]),
+            _interval(one["accuracy"], sign=""),
             "–" if drop is None else _interval(drop) + (", detected" if one["drop_detected"] else ""),
             f"{one['calibration']['ece']:.3f} (chance: under {one['calibration']['ece_by_chance']:.3f})",
             _interval(one["length"]["pearson"]),
@@ -140,7 +140,8 @@ def _print(found: dict[str, Any]) -> None:
             console.print(f"{name}: {text}", style="yellow", markup=False)
 
 
-def _interval(estimate: dict[str, float] | None) -> str:
+def _interval(estimate: dict[str, float] | None, sign: str = "+") -> str:
     if estimate is None:
         return "–"
-    return f"{estimate['value']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
+    value, low, high = (f"{estimate[name]:{sign}.3f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
