@@ -9,11 +9,12 @@ pairs. Label some of it and see what the model is worth there.
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.config_file import apply_override, validated
@@ -36,6 +37,15 @@ class LaterSettings(Settings):
 
     preferences: PreferenceSettings
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+    @model_validator(mode="after")
+    def _gold_of_both_or_neither(self) -> Self:
+        if len(self.evaluation.columns) == 1:
+            raise ValueError(
+                f"evaluation has the one column {self.evaluation.columns[0]!r}: true rewards are needed of "
+                "both responses, or of neither: set chosen_gold_column and rejected_gold_column"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +124,7 @@ def _measure(
 
 def _print(found: dict[str, Any]) -> None:
     console = Console()
-    table = Table(title=f"{found['model']} (version {found['version'][:12]})")
+    table = Table(title=f"{escape(found['model'])} (version {found['version'][:12]})")
     for name in (
         "pairs of",
         "pairs",
@@ -127,7 +137,7 @@ def _print(found: dict[str, Any]) -> None:
     for name, one in found["files"].items():
         drop = one.get("accuracy_drop")
         table.add_row(
-            name,
+            escape(name),
             f"{one['pairs']:,}",
             _interval(one["accuracy"], sign=""),
             "–" if drop is None else _interval(drop) + (", detected" if one["drop_detected"] else ""),

@@ -91,6 +91,17 @@ def test_what_cannot_be_measured_is_refused(
     assert not out.exists()
 
 
+def test_gold_of_one_side_alone_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs(tmp_path / "pairs.jsonl", ["c=", "d="])
+    out = tmp_path / "found.json"
+    command = ["evaluate-reward", str(model), str(tmp_path / "pairs.jsonl"), "--out", str(out)]
+    assert main([*command, "--set", "evaluation.chosen_gold_column=gold_chosen"]) == EXIT_USER
+    assert "of both responses, or of neither" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_nothing_is_written_over(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs(tmp_path / "pairs.jsonl", ["c=", "d="])
     out = tmp_path / "found.json"
