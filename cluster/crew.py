@@ -72,6 +72,7 @@ class Crew:
         scoring = ScoringPool(
             [factory.scorer(place) for place in range(config.scoring.actors)],
             config.scoring,
+            step_groups=config.groups_per_step,
             create=factory.scorer,
             on_event=on_event,
         )

@@ -1,4 +1,4 @@
-"""The scoring actors as the controller sees them: one queue that all of them draw from, in batches.
+"""The scoring actors as the controller sees them: one queue (`scoring_queue`) that all of them draw from.
 
 What a lost actor was scoring goes back into the queue; a successor is started in its place. Where the rewards
 have a discriminator, an actor loads the version that was announced last before it scores anything more.
@@ -8,29 +8,18 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from actors.records import DiscriminatorProof, DiscriminatorUpdate, Group, RewardFailure, SampledGroup
-from actors.settings import BATCH_GROUPS, ScoringSettings
+from actors.settings import ScoringSettings
 from actors.shipping import ShippedFolder
 from actors.waits import DeadlineExceeded
 from cluster.accounts import Occupancy
 from cluster.remote import LossError, Remote, WorkerFailedError, WorkerLostError
+from cluster.scoring_queue import ScoringQueue, Waiting
 
 _MOST_LOSSES = 3  # actors lost over one group: then it is likely the group's fault
 _MOST_ATTEMPTS = 3  # while no actor is left at all
 _PAUSE_S = 5.0
-
-
-@dataclass(slots=True)
-class _Waiting:
-    group: SampledGroup
-    answer: "asyncio.Future[Group | RewardFailure]"
-    losses: int = 0
-
-
-class _LookAgain:
-    """Stands in the queue to wake an actor that may have something to load."""
 
 
 class ScoringPool:
@@ -41,10 +30,14 @@ class ScoringPool:
         remotes: Sequence[Remote],
         settings: ScoringSettings,
         *,
+        step_groups: int = 0,
         create: Callable[[int], Remote] | None = None,
         on_event: Callable[[str], None] = print,
     ) -> None:
-        """`create` makes an actor for a place; without it a loss ends the run. `on_event` hears of losses."""
+        """`step_groups` is the number of groups of a learner step: as many may overtake one of an evaluation.
+
+        `create` makes an actor for a place; without it a loss ends the run. `on_event` hears of losses.
+        """
         self.remotes = list(remotes)
         self.lost = 0
         self._settings = settings
@@ -52,7 +45,7 @@ class ScoringPool:
         self._on_event = on_event
         self._start_s = 0.0
         self._reference: ShippedFolder | None = None
-        self._queue: asyncio.Queue[_Waiting | _LookAgain] = asyncio.Queue()
+        self._queue = ScoringQueue(step_groups)
         self._discriminator: DiscriminatorUpdate | None = None
         self._loaded: dict[str, int] = {}
         self._proofs: list[DiscriminatorProof] = []
@@ -79,7 +72,7 @@ class ScoringPool:
         """A new version of the discriminator: whatever an actor takes up from now on is scored by it."""
         self._discriminator = update
         for _ in self.remotes:
-            self._queue.put_nowait(_LookAgain())
+            self._queue.wake()
 
     async def _keep_up(self, remote: Remote) -> None:
         """Let an actor load the version that was announced last, if it has an older one."""
@@ -104,7 +97,7 @@ class ScoringPool:
     async def score(self, group: SampledGroup) -> Group | RewardFailure:
         """Have a group scored; waits its turn."""
         answer: asyncio.Future[Group | RewardFailure] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(_Waiting(group, answer))
+        self._queue.put(Waiting(group, answer))
         return await answer
 
     async def run(self) -> None:
@@ -119,10 +112,7 @@ class ScoringPool:
         Unblocked by: `score`, `announce`.
         """
         while True:
-            taken = [await self._queue.get()]
-            while len(taken) < BATCH_GROUPS and not self._queue.empty():
-                taken.append(self._queue.get_nowait())
-            batch = [one for one in taken if isinstance(one, _Waiting)]
+            batch = await self._queue.take()
             seconds = self._settings.timeout_s * len(batch)
             try:
                 await self._keep_up(remote)
@@ -138,7 +128,7 @@ class ScoringPool:
                     waiting.answer.set_result(answer)
 
     async def _call(
-        self, remote: Remote, batch: list[_Waiting], seconds: float
+        self, remote: Remote, batch: list[Waiting], seconds: float
     ) -> list[Group | RewardFailure]:
         self._at_work.change(1, len(self.remotes), time.perf_counter())
         try:
@@ -149,7 +139,7 @@ class ScoringPool:
         finally:
             self._at_work.change(-1, len(self.remotes), time.perf_counter())
 
-    def _put_back(self, batch: list[_Waiting], error: WorkerLostError) -> None:
+    def _put_back(self, batch: list[Waiting], error: WorkerLostError) -> None:
         for waiting in batch:
             waiting.losses += 1
             if waiting.losses >= _MOST_LOSSES:
@@ -157,7 +147,7 @@ class ScoringPool:
                     f"{waiting.losses} scoring actors were lost while they scored group "
                     f"{waiting.group.group_id} (prompt {waiting.group.prompt.id}): {error}"
                 ) from error
-            self._queue.put_nowait(waiting)
+            self._queue.put_back(waiting)
 
     async def _successor(self, lost: Remote, error: WorkerLostError) -> Remote:
         """Start an actor in the place of a lost one; tries for as long as others score, else a few times."""
