@@ -12,6 +12,7 @@ from cluster.console import clock, number, percent
 from cluster.figures import Picture, draw_all
 from cluster.figures_overoptimisation import SERIES, curves, draw_overoptimisation
 from cluster.monitor import write_atomically
+from cluster.preferences.section import preferences_section
 from cluster.report_data import RunData, load_run
 
 REPORT = "report.html"
@@ -45,6 +46,7 @@ def page(run: RunData, pictures: Sequence[Picture]) -> str:
         f"<header><h1>{_text(run.name)}</h1>{_headline(run)}</header>",
         _cards(run),
         _what_was_run(run),
+        preferences_section(run.summary),
         '<section class="pictures">',
         *(_figure(picture) for picture in pictures),
         "</section>",

@@ -315,6 +315,7 @@ def doubts(inputs: PreferenceInputs, config: PreferenceJobConfig) -> Iterator[st
     """What to warn of before training."""
     if inputs.report is not None:
         yield from inputs.report.doubts
+        yield from inputs.report.warnings
     margins = any(inputs.data.train.margin)
     wanted = config.dpo is not None and config.dpo.margin
     if margins and not wanted:

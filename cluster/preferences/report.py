@@ -146,15 +146,15 @@ class Findings:
                 )
 
     def warnings(self) -> Iterator[str]:
-        """What a reward model may learn instead of quality."""
+        """What may be learned from the labels instead of quality."""
         if self.longer_chosen.low > LENGTH_WARNING:
             yield (
-                f"The longer response was chosen in {self.longer_chosen}: a reward model may learn length. "
-                "Compare with a loss that corrects for it, and look at length-controlled win rates."
+                f"The longer response was chosen in {self.longer_chosen}: a reward or policy may learn "
+                "length. Compare with a loss that corrects for it, and look at length-controlled win rates."
             )
         elif self.longer_chosen.high < 1 - LENGTH_WARNING:
             yield (
-                f"The longer response was chosen in only {self.longer_chosen}: a reward model may learn "
+                f"The longer response was chosen in only {self.longer_chosen}: a reward or policy may learn "
                 "shortness. Compare with a loss that corrects for length."
             )
 

@@ -20,8 +20,8 @@ def write_reward_report(run_dir: Path) -> Path:
     run = load_run(run_dir)
     evaluation = read_evaluation(run_dir / "reward_model")
     text = page(run, draw_reward_model(run, evaluation))
-    sections = _section(run.summary, evaluation) + _preferences(run.summary)
-    text = text.replace(_PICTURES_BEGIN, sections + _PICTURES_BEGIN, 1)
+    section = _section(run.summary, evaluation)
+    text = text.replace(_PICTURES_BEGIN, section + _PICTURES_BEGIN, 1)
     path = run_dir / REPORT
     write_atomically(path, text)
     return path
@@ -51,24 +51,6 @@ def _section(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     if version := summary.get("reward_model_version"):
         parts.append(f"<p>Version {html.escape(str(version)[:16])}.</p>")
     return f"<section><h2>How good it is</h2>{''.join(parts)}</section>" if parts else ""
-
-
-def _preferences(summary: Mapping[str, Any]) -> str:
-    """What the labels themselves are like: those trained on and held out, and each `[[evaluate]]` file's."""
-    told = summary.get("preferences")
-    if not told:  # the run was killed before it wrote its summary
-        return ""
-    parts = [_said(told)]
-    for name, other in (summary.get("preferences_elsewhere") or {}).items():
-        parts.append(f"<h3>{html.escape(name)}</h3>{_said(other)}")
-    return f"<section><h2>The preferences</h2>{''.join(parts)}</section>"
-
-
-def _said(told: Mapping[str, list[str]]) -> str:
-    """Doubts and warnings, and under them the figures in words."""
-    marked = [f"In doubt: {doubt}" for doubt in told["doubts"]] + told["warnings"]
-    above = "".join(f'<p class="error">{html.escape(text)}</p>' for text in marked)
-    return above + "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in told["sentences"]) + "</ul>"
 
 
 def _row(name: str, found: Mapping[str, Any]) -> str:

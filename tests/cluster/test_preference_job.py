@@ -14,7 +14,7 @@ from cluster.data_files import Quarantine
 from cluster.job import run_job
 from cluster.metrics import lookup
 from cluster.preference_job.config import PreferenceJobConfig
-from cluster.preference_job.inputs import PreferenceInputs, prepare_preference_job
+from cluster.preference_job.inputs import PreferenceInputs, doubts, prepare_preference_job
 from cluster.preference_job.labelled import has_labels, load_labelled
 from cluster.preferences.settings import PreferenceSettings
 from cluster.run_folder import RunFolder
@@ -277,6 +277,18 @@ def test_labels_that_contradict_each_other_and_rows_that_are_none(tmp_path: Path
         load_labelled(settings.model_copy(update={"system_column": "s"}), kto, quarantine)
 
 
+def test_labels_that_like_length_are_warned_of(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": "a long answer", "rejected": "short"} for i in range(60)]
+    config = parse(tmp_path)
+    assert "may learn length" in " ".join(doubts(prepare(tmp_path, rows=rows), config))
+    even = [
+        row if i % 2 else {**row, "chosen": "short", "rejected": "a long answer"}
+        for i, row in enumerate(rows)
+    ]
+    (tmp_path / "even").mkdir()
+    assert list(doubts(prepare(tmp_path / "even", rows=even), config)) == []
+
+
 def test_kto_needs_two_prompts_to_train_on(tmp_path: Path) -> None:
     rows = [{"prompt": p, "completion": c, "label": c == "a"} for p in "bc" for c in "ax"]
     with pytest.raises(ValueError, match="to one prompt only"):
@@ -309,6 +321,7 @@ def test_a_run_learns_and_a_resumed_one_ends_the_same(tmp_path: Path) -> None:
     assert all(lookup(name) is not None for row in rows for name in row)
     report = (tmp_path / "whole" / "report.html").read_text()
     assert all(f'id="preference_{name}"' in report for name in ("loss", "accuracy", "rewards", "logprobs"))
+    assert "<h2>The preferences</h2>" in report
 
     part = tmp_path / "part"
     shutil.copytree(tmp_path / "whole", part, symlinks=True)
