@@ -13,6 +13,7 @@ from cluster.figures import Picture, draw_all
 from cluster.figures_overoptimisation import SERIES, curves, draw_overoptimisation
 from cluster.monitor import write_atomically
 from cluster.report_data import RunData, load_run
+from cluster.visible import visible
 
 REPORT = "report.html"
 _MOST_SAMPLES = 12
@@ -343,7 +344,7 @@ def _block(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+    return html.escape(visible(str(value)), quote=True)
 
 
 _CSS = """
