@@ -20,6 +20,7 @@ from actors import engine_fork, engine_owner
 from actors.settings import RolloutSettings
 from actors.waits import DeadlineExceeded, abandon
 from actors.weight_files import host_id
+from rewards.models.foreign import opening
 
 T = TypeVar("T")
 _WATCH_SECONDS = 0.5
@@ -96,7 +97,8 @@ def refuse_head_size(model_path: str) -> None:
     from transformers import AutoConfig
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
+    with opening(f"model {model_path}: its configuration cannot be read"):
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if size not in sizes:
@@ -385,15 +387,22 @@ def end_tokens(model_path: str) -> frozenset[int]:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     found: set[int] = set()
-    sources: list[Any] = [
-        kind.from_pretrained(model_path, trust_remote_code=False) for kind in (AutoTokenizer, AutoConfig)
-    ]
-    if not Path(model_path).is_dir() or (Path(model_path) / "generation_config.json").exists():
-        with contextlib.suppress(OSError):  # a hub model without that file
-            sources.append(GenerationConfig.from_pretrained(model_path))
+    with opening(f"model {model_path}: its tokenizer or configuration cannot be read"):
+        sources: list[Any] = [
+            kind.from_pretrained(model_path, trust_remote_code=False) for kind in (AutoTokenizer, AutoConfig)
+        ]
+        if not Path(model_path).is_dir() or (Path(model_path) / "generation_config.json").exists():
+            with contextlib.suppress(OSError):  # a hub model without that file
+                sources.append(GenerationConfig.from_pretrained(model_path))
     for source in sources:
         ids = getattr(source, "eos_token_id", None)
-        found |= set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+        several = ids if isinstance(ids, list | tuple | set) else [] if ids is None else [ids]
+        if odd := [one for one in several if not isinstance(one, int)]:
+            raise ValueError(
+                f"model {model_path}: {type(source).__name__} names {odd[0]!r} as an end token; "
+                "eos_token_id must be a token's number, or a list of such: correct it"
+            )
+        found |= {one for one in several if one >= 0}
     if not found:
         raise ValueError(f"model {model_path}: neither tokenizer nor configuration names an end token")
     return frozenset(found)

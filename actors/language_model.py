@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from actors.packing import MicroBatch, Pair, pack, scatter
+from rewards.models.foreign import opening, refuse_nonfinite
 from rewards.models.weights import unsafe_weights
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def load_causal_model(
     logging.disable_progress_bar()
     refuse_unusable_folder(path)
     config = _config_without_dropout(path, revision)
-    try:
+    with opening(f"model path = {path!r}: cannot be opened"):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -85,14 +86,13 @@ def load_causal_model(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ImportError, ValueError) as error:
-        raise ValueError(f"model path = {path!r}: {error}") from error
     missing = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
     if missing:
         raise ValueError(
             f"model path = {path!r}: its files lack {len(missing)} weights of a {config.model_type} causal "
             f"language model ({', '.join(missing[:3])}): use a folder that was saved from one"
         )
+    refuse_nonfinite(f"model path = {path!r}", model)
     prepare_for_training(model)
     model = model.to(device)
     check_model(model, dtype)
@@ -116,7 +116,7 @@ def refuse_unusable_folder(path: str) -> None:
         )
     try:
         json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"model path = {path!r}: config.json is not valid JSON ({error})") from error
     if unsafe := unsafe_weights(folder):
         raise ValueError(f"model path = {path!r}: {unsafe}")
@@ -135,18 +135,16 @@ def _config_without_dropout(path: str, revision: str | None) -> Any:
     """The model's configuration with every source of randomness in it at zero."""
     from transformers import AutoConfig
 
-    try:
+    with opening(
+        f"model path = {path!r}: its configuration cannot be read",
+        "give a folder or hub name of an architecture that this transformers version knows",
+    ):
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"model path = {path!r}: its configuration cannot be read ({error}); give a folder or hub name "
-            "of an architecture that this transformers version knows"
-        ) from error
-    text = config.get_text_config()
-    for name, value in list(vars(text).items()):
-        random = "drop" in name or name.endswith("jitter_noise")
-        if random and isinstance(value, float):
-            setattr(text, name, 0.0)
+        text = config.get_text_config()
+        for name, value in list(vars(text).items()):
+            random = "drop" in name or name.endswith("jitter_noise")
+            if random and isinstance(value, float):
+                setattr(text, name, 0.0)
     return config
 
 

@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except ValueError as error:  # what the user can mend; everything else keeps its traceback
-        print(f"headrace: {error}", file=sys.stderr)
+        from cluster.visible import entry  # names and messages from outside could steer a terminal
+
+        print(f"headrace: {entry(str(error))}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:  # before a run has its own way of stopping
         print("headrace: interrupted", file=sys.stderr)

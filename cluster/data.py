@@ -15,6 +15,7 @@ from actors.records import Prompt
 from cluster.data_files import BadRow, Quarantine, Reading, read_rows
 from cluster.data_settings import DEFAULT_HELDOUT_FRACTION, DataSettings
 from cluster.prompt_cursor import PromptCursor
+from rewards.models.foreign import TemplateRefusedError, render
 
 __all__ = [
     "Counts",
@@ -125,13 +126,9 @@ class Encoder:
         system = self.settings.system_prompt
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        from jinja2 import TemplateError
-
         try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            )
-        except (TemplateError, TypeError, ValueError) as error:
+            return render(self.tokenizer, messages)
+        except TemplateRefusedError as error:
             raise BadRow("chat template refused", str(error)) from error
 
     def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:

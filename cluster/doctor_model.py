@@ -1,7 +1,7 @@
 """Doctor's checks of model folders: weights, configuration, tokenizer. Offline; nothing of theirs is run."""
 
 import json
-import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,13 @@ from typing import Any
 from cluster.config import JobConfig
 from cluster.doctor_records import JOB, Check
 from cluster.plan_memory import model_size
+from rewards.models.foreign import opening, refuse_tokens_beyond
+from rewards.models.weights import DamagedError, check_safetensors, unsafe_files
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _POLICY = "model.path"
 _INDEX = "model.safetensors.index.json"
 _SAVE = "save the model with save_pretrained"
-
-
-class DamagedError(ValueError):
-    """A file of weights that is not what it should be."""
 
 
 def model_checks(config: JobConfig) -> Iterator[Check]:
@@ -29,6 +27,10 @@ def model_checks(config: JobConfig) -> Iterator[Check]:
         folder = folders.get(field)
         if folder is None:
             yield _not_here(field, name)
+            continue
+        if unsafe := unsafe_files(folder):
+            found, _, remedy = unsafe.partition("; ")
+            yield Check(f"{field} files", JOB, "fail", f"{folder}: {found}", remedy)
             continue
         yield weights_check(field, folder)
         yield pickles_check(field, folder)
@@ -57,7 +59,9 @@ def local_models(config: JobConfig) -> dict[str, Path]:
 def whole_policy(config: JobConfig) -> Path | None:
     """The policy's folder if its weights are whole: sizes can be taken from it."""
     folder = local_models(config).get(_POLICY)
-    return folder if folder is not None and weights_check(_POLICY, folder).status == "ok" else None
+    if folder is None or unsafe_files(folder):
+        return None
+    return folder if weights_check(_POLICY, folder).status == "ok" else None
 
 
 def _folder(name: str, revision: str | None) -> Path | None:
@@ -128,29 +132,8 @@ def _indexed(folder: Path) -> set[str]:
         return set()
     try:
         return {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
-
-
-def check_safetensors(path: Path) -> None:
-    """Raise DamagedError unless the head can be read and the tensors fill the rest of the file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
-                raise DamagedError(f"{path}: its head is cut off")
-            head = json.loads(file.read(length))
-        tensors = {name: entry for name, entry in head.items() if name != "__metadata__"}
-        end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
-        for entry in tensors.values():
-            [int(extent) for extent in entry["shape"]]
-    except DamagedError:
-        raise
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise DamagedError(f"{path}: is no safetensors file ({type(error).__name__}: {error})") from None
-    if end != size - 8 - length:
-        raise DamagedError(f"{path}: holds {size - 8 - length} bytes of tensors where its head says {end}")
 
 
 def pickles_check(field: str, folder: Path) -> Check:
@@ -171,7 +154,11 @@ def pickles_check(field: str, folder: Path) -> Check:
 def code_check(field: str, folder: Path) -> Check:
     """Whether the folder wants to bring code of its own: it is never run."""
     name = f"{field} code"
-    asks = [file for file in ("config.json", "tokenizer_config.json") if "auto_map" in _json(folder / file)]
+    asks = sorted(
+        file.name
+        for file in folder.glob("*.json")
+        if file.name not in (_INDEX, "tokenizer.json") and "auto_map" in _json(file)
+    )
     if asks:
         return Check(
             name,
@@ -187,7 +174,7 @@ def code_check(field: str, folder: Path) -> Check:
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the checks by transformers tell of it
+    except (OSError, ValueError, RecursionError):  # the checks by transformers tell of it
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -203,13 +190,15 @@ def configuration_check(field: str, folder: Path) -> Check:
     name = f"{field} configuration"
     remedy = f"give a folder of a causal language model; {_SAVE}"
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        return Check(name, JOB, "fail", f"transformers cannot read it: {_line(error)}", remedy)
+        with opening("transformers cannot read it", remedy):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            text = config.get_text_config()
+    except ValueError as error:
+        return Check(name, JOB, "fail", str(error).removesuffix(f"; {remedy}"), remedy)
     kind = str(config.model_type)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return Check(name, JOB, "fail", f"model_type {kind!r} is no causal language model", remedy)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", "no stated limit of")
+    limit = getattr(text, "max_position_embeddings", "no stated limit of")
     return Check(name, JOB, "ok", f"{kind}, {limit} tokens")
 
 
@@ -220,18 +209,26 @@ def tokenizer_check(field: str, folder: Path) -> Check:
     name = f"{field} tokenizer"
     remedy = "save a tokenizer with an eos_token beside the model (tokenizer.save_pretrained)"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        return Check(name, JOB, "fail", f"transformers cannot load it: {_line(error)}", remedy)
+        with opening("transformers cannot load it", remedy):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except ValueError as error:
+        return Check(name, JOB, "fail", str(error).removesuffix(f"; {remedy}"), remedy)
     if tokenizer.eos_token_id is None:
         return Check(name, JOB, "fail", "it has no end token, so no response could end", remedy)
+    try:
+        refuse_tokens_beyond("model.path", tokenizer, _vocabulary(folder))
+    except ValueError as error:
+        return Check(name, JOB, "fail", str(error), "save model and tokenizer that belong together")
     template = "with" if tokenizer.chat_template else "without"
     return Check(name, JOB, "ok", f"{len(tokenizer)} tokens, {template} a chat template")
 
 
-def _line(error: Exception) -> str:
-    """The first line of an error that may have many."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _vocabulary(folder: Path) -> int:
+    """Tokens that the model has; without end where its configuration, which has a check, does not say."""
+    known = _json(folder / "config.json")
+    nested = known.get("text_config")
+    size = known.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
+    return size if isinstance(size, int) else sys.maxsize
 
 
 def _some(names: set[str]) -> str:

@@ -22,6 +22,7 @@ from cluster.redact import scrub
 from cluster.reward_job.config import RewardJobConfig
 from cluster.run_folder import RunFolder
 from cluster.supervised_job.config import SupervisedJobConfig
+from cluster.visible import visible
 
 
 class Run(Protocol):
@@ -151,7 +152,7 @@ def run_and_catch(run: Run, monitor: Monitor) -> dict[str, Any]:
         kind: AlertKind = "sync" if "SyncRefused" in said else "failure"
         monitor.alert(kind, f"failed: {said}")
         details = "".join(traceback.format_exception(cause))
-        (run.run_dir / "error.txt").write_text(scrub(details), encoding="utf-8")
+        (run.run_dir / "error.txt").write_text(visible(scrub(details)), encoding="utf-8")
         return {"status": "failed", "error": said}
     if stopped:
         monitor.alert("stop", f"stopped as asked, after step {run.step}")

@@ -26,6 +26,7 @@ from cluster.console import make_console
 from cluster.metrics import lookup
 from cluster.monitor_settings import AlertKind, MonitorSettings
 from cluster.redact import hide_variables, redact, scrub
+from cluster.visible import entry, visible
 from cluster.wandb_copy import LEARNER_AXIS, WARMUP_AXIS, WandbCopy
 
 METRICS, WARMUP, SAMPLES = "metrics.jsonl", "warmup.jsonl", "samples.jsonl"
@@ -136,7 +137,7 @@ class Monitor:
 
     def event(self, text: str) -> None:
         """A line for people: into events.log with the time, and onto the terminal."""
-        text = scrub(text)
+        text = entry(scrub(text))
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self._files[EVENTS].write(f"{now} {text}\n")
         self._console.event(text)
@@ -150,7 +151,7 @@ class Monitor:
         self._alerts.reward_errors(failed, scored)
 
     def _send_alert(self, kind: AlertKind, title: str, text: str) -> None:
-        self._wandb.alert(scrub(title), scrub(text), serious=kind in SERIOUS)
+        self._wandb.alert(scrub(title), visible(scrub(text)), serious=kind in SERIOUS)
 
     def report(self, path: Path) -> None:
         """Give the report to W&B, as a panel and as a file."""

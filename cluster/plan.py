@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.calibrate import Calibration
 from cluster.config import JobConfig
@@ -223,7 +224,7 @@ def show(plan: Plan) -> None:
     """Print the table, the choice and the notes: in colour on a terminal, plain text elsewhere."""
     rows = list(table_rows(plan))
     if sys.stdout.isatty():
-        table = Table(title=f"headrace plan: {plan.request.workload.source or 'workload'}")
+        table = Table(title=Text(f"headrace plan: {plan.request.workload.source or 'workload'}"))
         for index, name in enumerate((*_COLUMNS, "")):
             table.add_column(name, justify="left" if index == 10 else "right")
         for row in rows:

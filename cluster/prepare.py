@@ -18,7 +18,8 @@ from learner.reward_settings import BackboneSettings
 from learner.settings import ModelSettings
 from rewards.build import build_reward, check_row, required_columns
 from rewards.discriminator_settings import trains_discriminator
-from rewards.models.weights import unsafe_weights
+from rewards.models.foreign import opening, refuse_tokens_beyond
+from rewards.models.weights import unsafe_files, unsafe_weights
 from rewards.tasks.registry import get_task
 
 # Never pickled weights, and never code.
@@ -227,18 +228,22 @@ def load_tokenizer(model_path: Path) -> Any:
     """The tokenizer beside a model; ValueError if there is none, or it cannot end a response."""
     from transformers import AutoTokenizer
 
-    try:
+    where = f"model.path = {str(model_path)!r}"
+    if unsafe := unsafe_files(model_path):
+        raise ValueError(f"{where}: {unsafe}")
+    with opening(
+        f"{where} has no tokenizer that can be loaded",
+        "save one beside the model with tokenizer.save_pretrained",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"model.path = {str(model_path)!r} has no tokenizer that can be loaded ({error}); save one "
-            "beside the model with tokenizer.save_pretrained"
-        ) from None
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"model.path = {str(model_path)!r}: its tokenizer has no end token (eos_token), so no response "
-            "could end; set one and save it"
+            f"{where}: its tokenizer has no end token (eos_token), so no response could end; set one and "
+            "save it"
         )
+    vocabulary = getattr(load_model_config("model.path", model_path).get_text_config(), "vocab_size", None)
+    if isinstance(vocabulary, int):
+        refuse_tokens_beyond(where, tokenizer, vocabulary)
     return tokenizer
 
 
@@ -246,13 +251,8 @@ def load_model_config(field: str, folder: Path) -> Any:
     """A folder's configuration, as transformers knows it; ValueError if it does not."""
     from transformers import AutoConfig
 
-    try:
+    with opening(f"{field} = {str(folder)!r} has no configuration that transformers knows"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{field} = {str(folder)!r} has no configuration that transformers knows ({error}); give "
-            "a folder saved with save_pretrained"
-        ) from None
 
 
 def longest_sequence(model: ModelSettings | BackboneSettings, config: Any) -> int:

@@ -14,6 +14,7 @@ from cluster.figures_overoptimisation import SERIES, curves, draw_overoptimisati
 from cluster.monitor import write_atomically
 from cluster.preferences.section import preferences_section
 from cluster.report_data import RunData, load_run
+from cluster.visible import visible
 
 REPORT = "report.html"
 _MOST_SAMPLES = 12
@@ -345,7 +346,7 @@ def _block(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+    return html.escape(visible(str(value)), quote=True)
 
 
 _CSS = """

@@ -118,10 +118,11 @@ class LogRatioReward:
         """Tokens that a model reads."""
         from transformers import AutoConfig
 
-        try:
-            config = AutoConfig.from_pretrained(str(self._folders[field]), trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise self._bad(field, error) from None
+        from rewards.models.foreign import opening
+
+        folder = str(self._folders[field])
+        with opening(f"reward.{field} of {self.label!r}: the configuration of {folder!r} cannot be read"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         return int(limit or _READS_ANY)
 

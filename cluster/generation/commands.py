@@ -38,6 +38,7 @@ from cluster.generation.settings import Judges, Strategy, read_settings, strateg
 from cluster.joining import PlacementError
 from cluster.labelling.files import quarantine_beside, require_new, write_lines
 from cluster.remote import LossError, WorkerFailedError, WorkerLostError
+from cluster.visible import entry
 from rewards.base import RewardError, Score
 from rewards.build import check_row, required_columns
 from rewards.model_reward import ModelPlace, model_facts
@@ -228,7 +229,7 @@ def _sampled(task: Task, prompts: Sequence[tuple[int, Prompt]], plan: Plan, use:
         first: BaseException = group
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
-        print(f"headrace: {first}", file=sys.stderr)
+        print(f"headrace: {entry(str(first))}", file=sys.stderr)
         sampled = False
     except* KeyboardInterrupt:
         print("headrace: interrupted", file=sys.stderr)
@@ -251,7 +252,7 @@ def _say_failures(failures: Sequence[str], prompts: int) -> bool:
     if failures:
         print(
             f"headrace: {len(failures)} of {prompts} prompts were left out, as a reward failed; the first: "
-            f"{failures[0]}",
+            f"{entry(failures[0])}",
             file=sys.stderr,
         )
     return len(failures) < prompts

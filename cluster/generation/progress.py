@@ -9,6 +9,7 @@ from typing import Any, Self
 from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 class Progress:
@@ -76,6 +77,7 @@ def print_evaluation(found: Mapping[str, Any], folder: Path) -> None:
         f"{found['prompts']} prompts with {found['samples']} samples each from {found['policy']}: reward "
         f"{_number(found['reward'])}, {found['response_tokens']['mean']:.1f} tokens",
         highlight=False,
+        markup=False,  # a folder's name may hold brackets
         soft_wrap=True,
     )
     labels = list(found["best_of_n"][0]["judged"])
@@ -90,7 +92,7 @@ def print_evaluation(found: Mapping[str, Any], folder: Path) -> None:
             _number(row["reward"]),
             *(_number(row["judged"][label]) for label in labels),
         )
-    console.print(table)
+    console.print(table, markup=False)
     if any(not row["reliable"] for row in found["best_of_n"]):
         console.print("* fewer than 4n samples a prompt: wide, and its KL too small", highlight=False)
     if found["pass_at_k"]:
@@ -99,14 +101,17 @@ def print_evaluation(found: Mapping[str, Any], folder: Path) -> None:
             passes.add_row(str(row["k"]), _number(row))
         console.print(passes)
     if "against" in found:
-        console.print(_wins(found["against"]))
+        console.print(_wins(found["against"]), markup=False)
     console.print(
-        f"in {folder}: evaluation.json, samples.jsonl, best_of_n.png", highlight=False, soft_wrap=True
+        f"in {folder}: evaluation.json, samples.jsonl, best_of_n.png",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 
 def _wins(against: Mapping[str, Any]) -> Table:
-    table = Table("judged by", "wins", "at equal length", "φ", title=f"Against {against['policy']}")
+    table = Table("judged by", "wins", "at equal length", "φ", title=Text(f"Against {against['policy']}"))
     for label, rate in against["win_rates"].items():
         raw, controlled = (_range(rate, name) for name in ("raw", "length_controlled"))
         table.add_row(label, raw, controlled, f"{rate['length_coefficient']:.2f}")

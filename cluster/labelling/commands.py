@@ -25,6 +25,7 @@ from cluster.labelling.files import (
     write_lines,
 )
 from cluster.labelling.records import Annotation, Pair
+from cluster.visible import entry
 
 EXIT_OK, EXIT_FAILED = 0, 1
 
@@ -63,7 +64,7 @@ def _failed(group: BaseExceptionGroup[Any]) -> None:
     first: BaseException = group
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]
-    print(f"headrace: {first}", file=sys.stderr)
+    print(f"headrace: {entry(str(first))}", file=sys.stderr)
 
 
 def _progress(total: int) -> Callable[[int], None]:
@@ -157,7 +158,7 @@ def _earlier(path: Path) -> list[Annotation]:
     """What the file holds; lines that are no annotation are said."""
     annotations, problems = read_annotations(path)
     for problem in problems[:5]:
-        print(f"warning: {problem}; it counts as no label", file=sys.stderr)
+        print(f"warning: {entry(problem)}; it counts as no label", file=sys.stderr)
     if len(problems) > 5:
         print(f"warning: and {len(problems) - 5} more such lines", file=sys.stderr)
     return annotations

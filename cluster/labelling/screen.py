@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cluster.labelling.records import Name, Pair, Side
-from cluster.labelling.visible import fitted, visible, wrapped
+from cluster.visible import fitted, visible, wrapped
 from rewards.preferences.records import Prompt
 
 LEAST_COLUMNS, LEAST_ROWS = 30, 14

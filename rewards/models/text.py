@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards.models.card import TextFormat
+from rewards.models.foreign import TemplateRefusedError, render
 
 PromptValue = str | Sequence[Mapping[str, Any]]
 Item = tuple[PromptValue, str, bool]
@@ -100,13 +101,9 @@ class RewardEncoder:
         system = self._text.system_prompt
         if system and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        from jinja2 import TemplateError
-
         try:
-            return str(
-                self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            return render(self._tokenizer, messages)
+        except TemplateRefusedError as error:
             raise EncodingError("chat template refused", str(error)) from error
 
     def _ids(self, text: str, *, special: bool) -> list[int]:

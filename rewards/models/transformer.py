@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rewards.models.card import RewardCard, member_folder
-from rewards.models.weights import unsafe_weights
+from rewards.models.foreign import opening, refuse_nonfinite
+from rewards.models.weights import unsafe_files, unsafe_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,10 +34,11 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder; code that comes with it is never run."""
     from transformers import AutoTokenizer
 
-    try:
+    what = f"reward model {str(folder)!r}"
+    with opening(f"{what}: its tokenizer cannot be loaded", "save it beside the model"):
+        if unsafe := unsafe_files(folder):
+            raise ValueError(unsafe)
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"reward model {str(folder)!r}: its tokenizer cannot be loaded ({error})") from None
 
 
 def load_classifier(
@@ -122,25 +124,26 @@ def _open(factory: Any, folder: Path, *, precision: str, attention: str, **setti
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a head that is not there yet is what training begins with
+    what = f"model {str(folder)!r}"
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        for name, value in settings.items():
-            if value is not None:
-                setattr(config, name, value)
-        _without_dropout(config)
-        model, info = factory.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=DTYPES[precision],
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ImportError, ValueError, KeyError, RuntimeError) as error:  # the last: other shapes
-        raise ValueError(f"model {str(folder)!r}: cannot be opened: {error}") from error
+        with opening(f"{what}: cannot be opened"):
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            for name, value in settings.items():
+                if value is not None:
+                    setattr(config, name, value)
+            _without_dropout(config)
+            model, info = factory.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=DTYPES[precision],
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     finally:
         logging.set_verbosity(verbosity)
+    refuse_nonfinite(what, model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -162,7 +165,7 @@ def refuse_pickles(folder: Path) -> None:
         raise ValueError(f"model {str(folder)!r}: no config.json there; give a folder saved by transformers")
     try:
         json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"model {str(folder)!r}: config.json cannot be read ({error})") from None
     if unsafe := unsafe_weights(folder):
         raise ValueError(f"model {str(folder)!r}: {unsafe}")

@@ -1,9 +1,11 @@
 """Doctor's checks of model folders, rewards, data and W&B, on real files; a hostile folder runs nothing."""
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from doctor_helpers import facts
@@ -11,11 +13,12 @@ from doctor_helpers import facts
 from cluster.config import JobConfig
 from cluster.config_file import parse_config
 from cluster.doctor_job import input_checks, wandb_check
-from cluster.doctor_model import DamagedError, check_safetensors, model_checks
+from cluster.doctor_model import model_checks
 from cluster.doctor_needs import needs_of
 from cluster.doctor_records import Check
 from cluster.scratch import build_scratch_model
 from learner.settings import ScratchSettings
+from rewards.models.weights import DamagedError, check_safetensors
 
 SHAPE = {"hidden_size": 64, "heads": 2, "layers": 1, "max_length": 32}
 
@@ -118,6 +121,36 @@ def test_code_that_a_folder_brings_is_told_of_and_not_run(folder: Path, tmp_path
     (folder / "config.json").write_text(json.dumps(values))
     assert found(job(folder, tmp_path))["model.path configuration"].status == "fail"
     assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_attention_heads": 0}, {"num_attention_heads": "two"}, {"model_type": ["llama"]}]
+)
+def test_an_odd_configuration_is_told_of_in_one_line(
+    values: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(known | values))
+    for name in ("configuration", "tokenizer"):
+        check = found(job(folder, tmp_path))[f"model.path {name}"]
+        assert check.status == "fail"
+        assert "\n" not in check.found
+
+
+def test_what_is_no_file_is_told_of_and_not_waited_for(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    checks = found(job(folder, tmp_path))
+    assert "config.json is no file" in checks["model.path files"].found
+    assert checks["model.path files"].remedy.startswith("copy the whole folder")
+    assert "model.path tokenizer" not in checks
+    assert needs_of(job(folder, tmp_path), tmp_path).memory is None
+
+
+def test_a_tokenizer_of_another_model_is_told_of(folder: Path, tmp_path: Path) -> None:
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(known | {"vocab_size": 5}))
+    assert "beyond the model's vocabulary of 5" in found(job(folder, tmp_path))["model.path tokenizer"].found
 
 
 def test_other_kinds_of_model(folder: Path, tmp_path: Path) -> None:

@@ -3,20 +3,27 @@
 import ast
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from actors.engine import end_tokens
 from actors.language_model import load_causal_model
+from cluster.data import DataSettings, Encoder
+from cluster.data_files import BadRow
 from cluster.generation.policy import policy_folder
 from cluster.prepare import load_model_config, load_tokenizer, resolve_model
 from cluster.scratch import build_scratch_model
 from learner.settings import ScratchSettings
-from rewards.models import transformer
+from rewards.models import foreign, transformer
+from rewards.models.card import TextFormat
+from rewards.models.text import EncodingError, RewardEncoder
 from rewards.models.weights import unsafe_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,3 +126,196 @@ def test_whole_folders_are_fine(folder: Path) -> None:
 def test_an_index_that_is_none_is_refused(text: str, folder: Path) -> None:
     (folder / INDEX).write_text(text)
     assert "cannot be read as a map of weights" in str(unsafe_weights(folder))
+
+
+# --- Broken and odd folders ------------------------------------------------------------------------------
+
+
+def edited(folder: Path, name: str, **values: Any) -> None:
+    path = folder / name
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | values))
+
+
+def other_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+ODD_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "a division by zero": {"num_attention_heads": 0},
+    "a text for a number": {"num_attention_heads": "two"},
+    "a list for a name": {"model_type": ["llama"]},
+    "no type of numbers": {"dtype": "os"},
+    "no quantization": {"quantization_config": "evil"},
+    "no end token": {"eos_token_id": "x"},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_CONFIGURATIONS)
+@pytest.mark.parametrize("door", DOORS)
+def test_an_odd_configuration_is_one_message(door: str, odd: str, folder: Path) -> None:
+    edited(folder, "config.json", **ODD_CONFIGURATIONS[odd])
+    with pytest.raises(ValueError, match="model") as refused:
+        DOORS[door](folder)
+    assert str(folder) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("values", [{"hidden_act": "evil"}, {"vocab_size": -3}, {"pad_token_id": 999}])
+@pytest.mark.parametrize("door", ["policy", "reward model", "embeddings"])
+def test_a_configuration_that_no_model_can_have_is_one_message(
+    door: str, values: dict[str, Any], folder: Path
+) -> None:
+    edited(folder, "config.json", **values)
+    with pytest.raises(ValueError, match="cannot be opened"):
+        DOORS[door](folder)
+
+
+@pytest.mark.parametrize("door", WEIGHTS)
+def test_damaged_weights_are_refused_before_any_library_reads_them(door: str, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors: holds \d+ bytes .*copy or download"):
+        WEIGHTS[door](folder)
+
+
+@pytest.mark.parametrize("door", ["policy", "reward model", "embeddings"])
+def test_weights_of_other_shapes_are_one_message(door: str, folder: Path) -> None:
+    def cut(weights: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in weights if "q_proj" in name)
+        weights[name] = weights[name][:3].contiguous()
+
+    other_weights(folder, cut)
+    with pytest.raises(ValueError, match=r"other shapes than its config\.json says"):
+        DOORS[door](folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("door", ["policy", "reward model", "embeddings"])
+def test_weights_without_a_number_are_refused(door: str, value: float, folder: Path) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.embed_tokens.weight"][7, 3] = value  # a token that a short trial does not meet
+
+    other_weights(folder, spoil)
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight have entries that are NaN or infinite"):
+        DOORS[door](folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "chat_template.jinja", "merges.txt"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to nothing", "link to a device"])
+def test_what_is_no_file_is_refused_and_not_waited_for(kind: str, name: str, folder: Path) -> None:
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere" if kind == "link to nothing" else "/dev/zero")
+    for opened in (*WEIGHTS.values(), load_tokenizer, transformer.load_tokenizer):
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            opened(folder)
+
+
+def test_a_link_takes_no_file_of_the_users_along(folder: Path, tmp_path: Path) -> None:
+    """The tokenizer's files go into every checkpoint, and to other hosts."""
+    secret = tmp_path / "netrc"
+    secret.write_text("machine x password y")
+    (folder / "merges.txt").symlink_to(secret)
+    for opened in (*WEIGHTS.values(), load_tokenizer):
+        with pytest.raises(ValueError, match=r"merges\.txt is a link out of the folder, to .*netrc"):
+            opened(folder)
+
+
+def test_links_of_the_hubs_cache_and_to_large_weights_are_fine(folder: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "1"
+    shutil.copytree(folder, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert unsafe_weights(snapshot) is None
+    (folder / "model.safetensors").rename(tmp_path / "large")
+    (folder / "model.safetensors").symlink_to(tmp_path / "large")
+    assert unsafe_weights(folder) is None
+
+
+@pytest.mark.parametrize("door", WEIGHTS)
+def test_an_adapter_is_not_taken_for_a_model(door: str, folder: Path) -> None:
+    edited(folder, "adapter_config.json", peft_type="LORA", base_model_name_or_path="evil/evil")
+    with pytest.raises(ValueError, match=r"adapter of another model.*merge"):
+        WEIGHTS[door](folder)
+
+
+@pytest.mark.parametrize("token", ["a", "<eos>"])
+def test_a_tokenizer_of_a_larger_model_is_refused(token: str, folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"][token] = 4711
+    for added in tokenizer["added_tokens"]:
+        added["id"] = 4711 if added["content"] == token else added["id"]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"1 tokens beyond the model's vocabulary of 12 \('.*' is 4711\)"):
+        load_tokenizer(folder)
+
+
+def test_padding_beyond_the_vocabulary_is_fine(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.add_special_tokens({"pad_token": "<another>"})
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(folder).pad_token_id == 12
+
+
+def test_end_tokens_are_numbers_of_tokens(folder: Path) -> None:
+    edited(folder, "generation_config.json", eos_token_id="</s>")
+    with pytest.raises(ValueError, match=r"names '</s>' as an end token"):
+        end_tokens(str(folder))
+    edited(folder, "generation_config.json", eos_token_id=[2, 5, -1])
+    assert end_tokens(str(folder)) == {2, 5}
+
+
+# --- Chat templates --------------------------------------------------------------------------------------
+
+TEMPLATES = {
+    "python": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ raise_exception.__globals__['os'].system('touch TRAP') }}",
+    "a file": "{% include '/etc/passwd' %}",
+    "zero": "{{ 1 / 0 }}",
+    "recursion": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    "memory": "{{ 'a' * 1000000000000000 }}",
+    "length": "{{ 'a' * 11000000 }}",
+    "a codec": "{{ 'a'.encode('evil') }}",
+    "half a pair": "{{ '\\ud800' }}",
+    "nesting": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_hostile_template_costs_its_rows_and_nothing_else(
+    template: str, folder: Path, tmp_path: Path
+) -> None:
+    trap = tmp_path / "it-ran"
+    (folder / "chat_template.jinja").write_text(TEMPLATES[template].replace("TRAP", str(trap)))
+    tokenizer = load_tokenizer(folder)
+    encoder = Encoder(tokenizer, DataSettings(train="x"), 16)
+    with pytest.raises(BadRow) as bad:
+        encoder.prompt({"prompt": [{"role": "user", "content": "abc"}]})
+    assert bad.value.reason == "chat template refused"
+    text = TextFormat(max_length=16, apply_chat_template="auto")
+    with pytest.raises(EncodingError, match="chat template refused"):
+        RewardEncoder(tokenizer, text).encode("abc", "x", True)
+    assert not trap.exists()
+
+
+def test_a_template_without_end_ends_the_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(loop)
+    monkeypatch.setattr(foreign, "_RENDER_S", 0.1)
+    encoder = Encoder(load_tokenizer(folder), DataSettings(train="x"), 16)
+    with pytest.raises(ValueError, match=r"chat template did not end within 0\.1 s") as refused:
+        encoder.prompt({"prompt": "abc"})
+    assert not isinstance(refused.value, BadRow)

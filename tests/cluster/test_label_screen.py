@@ -10,7 +10,7 @@ from rich.cells import cell_len
 
 from cluster.labelling.keyboard import CTRL_C, ESCAPE, Keys
 from cluster.labelling.screen import Window, everything, overview, page, reading
-from cluster.labelling.visible import cells, fitted, visible, wrapped
+from cluster.visible import cells, fitted, visible, wrapped
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What is checked before any actor starts: other models, a scratch model's alphabet, held-out rows."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_another_model_must_fit_the_policy(tmp_path: Path, key: str) -> None:
     (pickled / "pytorch_model.bin").write_bytes(b"")
     bare = tmp_path / "bare"
     bare.mkdir()
-    (bare / "model.safetensors").write_bytes(b"")
+    shutil.copy(own / "model.safetensors", bare)
 
     def start(folder: Path) -> Prepared:
         overrides = (f"model.path={own}", f"model.{key}={folder}", "ppo.value_model=critic")

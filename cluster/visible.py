@@ -1,4 +1,6 @@
-"""Text of a model on a terminal: nothing in it can move the cursor, colour, hide or reorder anything.
+"""Text of a model, or of a folder from elsewhere, as it is shown to people.
+
+Nothing in it can move the cursor, colour, hide or reorder anything.
 
 Whatever is no letter, mark, number, punctuation, symbol or plain blank is shown by name, as in `<U+001B>`:
 control characters, marks that reverse the direction of writing, invisible and unassigned characters.
@@ -14,6 +16,11 @@ _MOST_MARKS = 4  # combining marks on one character; the rest would be drawn ove
 _JOINERS = "\u200c\u200d"  # invisible, but part of how several scripts are written
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 _MARKS = ("Mn", "Me")
+
+
+def entry(text: str) -> str:
+    """The visible text of a message; further lines are indented, so that none looks like another entry."""
+    return visible(text.strip("\r\n")).replace("\n", "\n    ")
 
 
 def visible(text: str) -> str:
