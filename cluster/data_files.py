@@ -1,4 +1,4 @@
-"""Rows from JSON Lines, Parquet and Hugging Face datasets; what is malformed goes into quarantine.
+"""Rows from JSON Lines, Parquet, Arrow and Hugging Face datasets; what is malformed goes into quarantine.
 
     file, folder or hub name → `read_rows` → (line, row) for each well-formed row
                                     └──────→ `Quarantine`: file, line, reason, detail for every other one
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cluster.data_open import PACKED, READ_ERRORS, kind_of, open_rows
 from cluster.json_array import array_elements, begins_array
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -82,23 +83,26 @@ class Reading:
         self.source = source
         self.blank = 0
         self.quarantined: Counter[str] = Counter()
+        self._first: dict[str, str] = {}  # by reason: the first such row's line and detail
         self._quarantine = quarantine
 
     def reject(self, line: int, bad: BadRow, excerpt: object) -> None:
         """Put a row aside."""
         self.quarantined[bad.reason] += 1
+        self._first.setdefault(bad.reason, f"line {line}: {bad.detail}"[:_EXCERPT_CHARACTERS])
         self._quarantine.add(self.source, line, bad, excerpt)
 
     def require_good(self, good: int, field: str) -> None:
-        """Refuse a source that gave nothing, naming the commonest reason."""
+        """Refuse a source that gave nothing, naming the reasons and the first row of the commonest."""
         if good:
             return
         if not self.quarantined:
             raise ValueError(f"{field} = {self.source!r} has no rows: give it at least one")
         reasons = self._quarantine.describe(self.quarantined)
+        ((commonest, _),) = self.quarantined.most_common(1)
         raise ValueError(
-            f"{field} = {self.source!r} has no good row ({reasons}): every put-aside row stands with its "
-            f"line and reason in {self._quarantine.path}"
+            f"{field} = {self.source!r} has no good row ({reasons}), such as {self._first[commonest]}. Every "
+            f"row that was put aside stands with its line and reason in {self._quarantine.path}"
         )
 
 
@@ -128,20 +132,20 @@ def read_rows(
 
 
 def _looks_like_path(name: str) -> bool:
-    known = (*_JSON_SUFFIXES, ".parquet", ".csv", ".txt")
+    known = (*_JSON_SUFFIXES, ".parquet", ".arrow", ".csv", ".txt", PACKED)
     return not _HUB_NAME.fullmatch(name) or name.lower().endswith(known)
 
 
 def _read_file(path: Path, reading: Reading, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
     suffix = path.suffix.lower()
-    if suffix in _JSON_SUFFIXES:
+    if kind_of(path) in _JSON_SUFFIXES:
         yield from _read_json(path, reading, field)
-    elif suffix == ".parquet":
-        yield from _plain_rows(_parquet_rows([path]), reading, field)
+    elif suffix in (".parquet", ".arrow"):
+        yield from _plain_rows(_table_rows([path]), reading, field)
     else:
         raise ValueError(
             f"{field} = {str(path)!r}: cannot read {suffix or 'a file without suffix'}; "
-            "write JSON Lines (.jsonl) or Parquet (.parquet)"
+            "write JSON Lines (.jsonl, .jsonl.gz), Parquet (.parquet) or Arrow (.arrow)"
         )
 
 
@@ -154,13 +158,13 @@ def _read_folder(
         return
     root = folder / subset if subset else folder
     for place in (root, root / "data"):
-        for suffix in (*_JSON_SUFFIXES, ".parquet"):
+        for suffix in (*_JSON_SUFFIXES, *(name + PACKED for name in _JSON_SUFFIXES), ".parquet"):
             found = [place / f"{split}{suffix}", *sorted(place.glob(f"{split}-*{suffix}"))]
             files = [path for path in found if path.is_file()]
             if not files:
                 continue
             if suffix == ".parquet":
-                yield from _plain_rows(_parquet_rows(files), reading, field)
+                yield from _plain_rows(_table_rows(files), reading, field)
             elif len(files) == 1:
                 yield from _read_json(files[0], reading, field)
             else:
@@ -178,23 +182,31 @@ def _read_folder(
 
 
 def _read_json(path: Path, reading: Reading, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as file:
-        is_array = begins_array(file.read(_HEAD_BYTES))
-    yield from (_read_array(path, reading, field) if is_array else _read_json_lines(path, reading))
+    try:
+        with open_rows(path) as file:
+            is_array = begins_array(file.read(_HEAD_BYTES))
+        yield from (_read_array(path, reading, field) if is_array else _read_json_lines(path, reading))
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"{field} = {str(path)!r} cannot be read to its end ({error}): check that the download is whole, "
+            "or unpack it"
+        ) from error
 
 
 def _read_array(path: Path, reading: Reading, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The elements of an array, numbered as lines are."""
-    size = path.stat().st_size
     remedy = f"write one JSON object a line, for example with `jq -c '.[]' {path.name}`"
-    if size > MAX_ARRAY_BYTES:
+    with open_rows(path) as file:
+        size = path.stat().st_size
+        raw = b"" if size > MAX_ARRAY_BYTES else file.read(MAX_ARRAY_BYTES + 1)
+    if (size := max(size, len(raw))) > MAX_ARRAY_BYTES:
         raise ValueError(
             f"{field} = {str(path)!r} is one JSON array of {size / 2**30:.1f} GiB, and arrays are held in "
             f"memory whole: {remedy}"
         )
     number = 0
     try:
-        for number, element in enumerate(array_elements(path.read_text(encoding="utf-8-sig")), start=1):
+        for number, element in enumerate(array_elements(raw.decode("utf-8-sig")), start=1):
             try:
                 row = parse_line(element.encode())
             except BadRow as bad:
@@ -209,7 +221,7 @@ def _read_array(path: Path, reading: Reading, field: str) -> Iterator[tuple[int,
 
 
 def _read_json_lines(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as file:
+    with open_rows(path) as file:
         for line, raw in enumerate(_lines(file), start=1):
             if not raw.strip():
                 reading.blank += 1
@@ -320,12 +332,13 @@ def plain(value: Any, column: str) -> Any:
     raise BadRow("wrong type", f"column {column!r} holds {type(value).__name__}, which no JSON can hold")
 
 
-def _parquet_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
+def _table_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
+    """Rows of Parquet or Arrow files."""
     import datasets
 
     # Streamed, so that no second copy of the file is written to the cache.
-    names = [str(path) for path in files]
-    yield from datasets.load_dataset("parquet", data_files={"train": names}, split="train", streaming=True)
+    names, kind = [str(path) for path in files], files[0].suffix.lower().removeprefix(".")
+    yield from datasets.load_dataset(kind, data_files={"train": names}, split="train", streaming=True)
 
 
 def _saved_rows(folder: Path, split: str, field: str) -> Iterator[dict[str, Any]]:

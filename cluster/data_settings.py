@@ -14,7 +14,8 @@ class DataSettings(Settings):
 
     train: str = Field(
         min_length=1,
-        description="JSON Lines or Parquet file, a folder of them, or the name of a Hugging Face dataset.",
+        description="JSON Lines, Parquet or Arrow file, a folder of them, or the name of a Hugging Face "
+        "dataset.",
     )
     heldout: str = Field("", description="The same for held-out prompts; empty: set aside from `train`.")
     heldout_fraction: float | None = Field(

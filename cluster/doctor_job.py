@@ -18,7 +18,7 @@ from rewards.settings import TaskSettings
 
 ROWS = 2000  # good training rows that are read, at most: a look, in seconds
 _TASK_ROWS = 256
-_READABLE = (".jsonl", ".ndjson", ".json", ".parquet")
+_READABLE = (".jsonl", ".ndjson", ".json", ".gz", ".parquet", ".arrow")
 
 
 def input_checks(config: JobConfig, *, model_ok: bool) -> Iterator[Check]:

@@ -9,6 +9,8 @@ import numpy as np
 from cluster.evaluation import Evaluation
 from rewards.preferences.length_control import length_controlled_win_rate
 
+ROUNDING = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class Means:
@@ -26,11 +28,12 @@ def win_rates(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]
 def wins_over(before: Means, after: Means) -> dict[str, dict[str, Any]]:
     """By reward: `raw` and `length_controlled` win rates, each with its 95 % interval, over common prompts.
 
-    A prompt is won where the mean reward of its samples is higher in `after` than in `before`; a tie is half
-    a win. Lengths are mean response tokens. `length_coefficient` is φ, above 0 where longer responses win;
-    `strength` is C, which cross-validation chose. Where length alone decides every prompt, `identified` is
-    False and the length-controlled win rate None. Rewards that both did not measure on two prompts or more
-    are left out.
+    A prompt is won where the mean reward of its samples is higher in `after` than in `before`. A tie is half
+    a win, and so is a difference below `ROUNDING` times the largest of these means: the order of a sum, or
+    what else was in a model's batch, can make it. Lengths are mean response tokens. `length_coefficient` is
+    φ, above 0 where longer responses win; `strength` is C, which cross-validation chose. Where length alone
+    decides every prompt, `identified` is False and the length-controlled win rate None. Rewards that both did
+    not measure on two prompts or more are left out.
     """
     found = {}
     for label in sorted(before.rewards.keys() & after.rewards.keys()):
@@ -38,9 +41,11 @@ def wins_over(before: Means, after: Means) -> dict[str, dict[str, Any]]:
         common = sorted(theirs.keys() & mine.keys() & before.lengths.keys() & after.lengths.keys())
         if "/" in label or len(common) < 2:  # a number beside a reward is none
             continue
-        difference = np.array([mine[key] - theirs[key] for key in common])
+        means = np.array([[mine[key], theirs[key]] for key in common])
+        difference = means[:, 0] - means[:, 1]
+        tied = np.abs(difference) <= ROUNDING * np.abs(means).max()
         rate = length_controlled_win_rate(
-            (difference > 0) + 0.5 * (difference == 0),
+            np.where(tied, 0.5, difference > 0),
             [after.lengths[key] for key in common],
             [before.lengths[key] for key in common],
             prompts=common,

@@ -29,7 +29,7 @@ def read_baseline(folder: Path) -> Baseline:
     """Read an evaluation's samples. ValueError where there are none, or they do not say how long they are."""
     path = folder / SAMPLES
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]  # a text has more line ends
         return Baseline(folder, str(lines[0]["policy"]), means_of(lines))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(

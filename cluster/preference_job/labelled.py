@@ -223,7 +223,7 @@ def _contradicted(
 
 def _refuse_pair_settings(settings: PreferenceSettings) -> None:
     """ValueError for a setting that would otherwise have no effect."""
-    for name in ("system_column", "reply_mark", "keep_columns", "chosen_score_column"):
+    for name in ("system_column", "reply_mark", "keep_columns", "chosen_score_column", "choice_column"):
         if getattr(settings, name):
             raise ValueError(
                 f"preferences.{name} = {getattr(settings, name)!r} has no effect on rows of single labelled "

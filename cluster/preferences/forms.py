@@ -12,6 +12,7 @@ A message is `{"role", "content"}`, or `{"from", "value"}` as ShareGPT has it. I
 list of parts `{"type": "text", "text": …}`.
 """
 
+import json
 import math
 import re
 import sys
@@ -44,6 +45,8 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 
 def parse_pair(row: Mapping[str, Any], line: int, settings: PreferenceSettings) -> Preference:
     """The pair of a row; raises BadRow."""
+    if settings.choice_column:
+        row = _in_order(row, settings)
     chosen = _present(row, settings.chosen_column)
     rejected = _present(row, settings.rejected_column)
     prompt, chosen, rejected = _texts(row.get(settings.prompt_column), chosen, rejected, settings)
@@ -68,6 +71,38 @@ def parse_pair(row: Mapping[str, Any], line: int, settings: PreferenceSettings) 
         chosen_finished=finished[0],
         rejected_finished=finished[1],
     )
+
+
+def _in_order(row: Mapping[str, Any], settings: PreferenceSettings) -> Mapping[str, Any]:
+    """The row with the better response, and what belongs to it, in the columns of the chosen one."""
+    value, *_ = (
+        _present(row, name)
+        for name in (settings.choice_column, settings.chosen_column, settings.rejected_column)
+    )
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of whole numbers with gaps is often saved as fractions
+    choice = json.dumps(value) if isinstance(value, bool) else str(value).strip()
+    if choice == settings.choice_first:
+        return row
+    if choice != settings.choice_second:
+        wanted = f"neither {settings.choice_first!r} nor {settings.choice_second!r}"
+        raise BadRow("no choice", f"{settings.choice_column!r} is {choice[:40]!r}, {wanted}")
+    turned = dict(row)
+    for first, second in (
+        (settings.chosen_column, settings.rejected_column),
+        (settings.chosen_score_column, settings.rejected_score_column),
+    ):
+        for column, other in ((first, second), (second, first)):
+            turned.pop(column, None)
+            if other in row:
+                turned[column] = row[other]
+    finished = row.get(settings.finished_column)
+    if isinstance(finished, dict):
+        turned[settings.finished_column] = {
+            "chosen": finished.get("rejected"),
+            "rejected": finished.get("chosen"),
+        }
+    return turned
 
 
 def _present(row: Mapping[str, Any], column: str) -> Any:

@@ -15,7 +15,8 @@ class PreferenceSettings(Settings):
 
     train: str = Field(
         min_length=1,
-        description="JSON Lines or Parquet file, a folder of them, or the name of a Hugging Face dataset.",
+        description="JSON Lines, Parquet or Arrow file, a folder of them, or the name of a Hugging Face "
+        "dataset.",
     )
     heldout: str = Field("", description="The same for held-out pairs; empty: set aside from `train`.")
     heldout_fraction: float | None = Field(
@@ -57,6 +58,17 @@ class PreferenceSettings(Settings):
         "finished",
         description="Column with whether each response ends there or was cut off, as "
         f'`{{"chosen": true, "rejected": false}}`, of a single response as true or false; {_OPTIONAL}.',
+    )
+    choice_column: str = Field(
+        "",
+        description="Column that says which of two responses is better, where rows do not have them in "
+        "order: columns that are named chosen or rejected are then of the first or the second response.",
+    )
+    choice_first: str = Field("", description="What `choice_column` holds where the first is better.")
+    choice_second: str = Field(
+        "",
+        description="What it holds where the second is better; rows with anything else, such as a tie, are "
+        "put aside.",
     )
     chosen_score_column: str = Field(
         "", description="Column with the better response's score: the margin becomes the scores' difference."
@@ -103,11 +115,27 @@ class PreferenceSettings(Settings):
                 f"preferences.margin_column = {self.margin_column!r} and preferences.chosen_score_column = "
                 f"{scores[0]!r} both give the margin: remove one of them"
             )
+        self._check_choice()
         if self.chosen_column == self.rejected_column:
             raise ValueError(
                 f"preferences.rejected_column = {self.rejected_column!r} is the chosen column too"
             )
         return self
+
+    def _check_choice(self) -> None:
+        if not self.choice_column:
+            for name in ("choice_first", "choice_second"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"preferences.{name} = {getattr(self, name)!r} says what preferences.choice_column "
+                        "holds, and there is none: name it too"
+                    )
+        elif not self.choice_first or not self.choice_second or self.choice_first == self.choice_second:
+            raise ValueError(
+                f"preferences.choice_column = {self.choice_column!r} needs two different values, in "
+                "preferences.choice_first and preferences.choice_second: what it holds where the first, and "
+                "where the second response is better"
+            )
 
     def required(self, field: str) -> bool:
         """Whether the user named this optional column, so that every row must have it."""

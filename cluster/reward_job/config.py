@@ -18,6 +18,11 @@ from learner.settings import LearnerSettings, OptimizerSettings
 from rewards.models.settings import RewardModelSettings
 from rewards.settings import Settings
 
+CHOICE_AND_GOLD = (
+    "is of the better response, and preferences.choice_column does not put these columns in order: write "
+    "rows that have them in order, or leave one of the two settings out"
+)
+
 
 class RewardRunSettings(Settings):
     """`[run]`: how long, how often, and on what batch."""
@@ -56,7 +61,8 @@ class EvaluateSettings(Settings):
     )
     file: str = Field(
         min_length=1,
-        description="JSON Lines or Parquet file, folder or hub dataset, with the columns of `[preferences]`.",
+        description="JSON Lines, Parquet or Arrow file, folder or hub dataset, with the columns of "
+        "`[preferences]`.",
     )
 
 
@@ -111,6 +117,12 @@ class RewardJobConfig(Settings):
                 else "evaluation.chosen_gold_column",
                 "",
                 "is missing: true rewards are needed of both responses, or of neither",
+            ),
+            Rule(
+                bool(gold.columns) and bool(self.preferences.choice_column),
+                "evaluation.chosen_gold_column",
+                gold.chosen_gold_column,
+                CHOICE_AND_GOLD,
             ),
             Rule(
                 len(set(names)) < len(names) or bool({"train", "heldout"} & set(names)),

@@ -23,7 +23,7 @@ from cluster.labelling.files import quarantine_beside, require_new
 from cluster.monitor import dump, write_atomically
 from cluster.preferences.report import PreferenceReport
 from cluster.preferences.settings import PreferenceSettings
-from cluster.reward_job.config import EvaluationSettings
+from cluster.reward_job.config import CHOICE_AND_GOLD, EvaluationSettings
 from cluster.reward_job.evaluation import evaluate_pairs, plain, read_evaluation
 from cluster.reward_job.inputs import HELDOUT, PairSet, SequenceTable, pairs_from_elsewhere
 from rewards.models.card import read_label_keys
@@ -44,6 +44,10 @@ class LaterSettings(Settings):
             raise ValueError(
                 f"evaluation has the one column {self.evaluation.columns[0]!r}: true rewards are needed of "
                 "both responses, or of neither: set chosen_gold_column and rejected_gold_column"
+            )
+        if self.evaluation.columns and self.preferences.choice_column:
+            raise ValueError(
+                f"evaluation.chosen_gold_column = {self.evaluation.chosen_gold_column!r} {CHOICE_AND_GOLD}"
             )
         return self
 

@@ -118,7 +118,7 @@ def test_a_json_array_is_read_element_by_element(
     [
         ("none.jsonl", None, "no such file"),
         ("dir/none", None, "Hugging Face hub|no such file"),
-        ("d.csv", b"prompt\nx\n", "JSON Lines .* or Parquet"),
+        ("d.csv", b"prompt\nx\n", "JSON Lines .* or Arrow"),
         ("d.json", b'[\n{"prompt": "x"}\n', "JSON array that cannot be read after row 1.*jq -c"),
         ("d.json", b'[{"prompt": "x"}, {"prompt"', "JSON array that cannot be read after row 1"),
         ("d.json", b'[{"prompt": "x"}]\n[{"prompt": "y"}]', "after row 1: '\\[.*' follows the array"),

@@ -168,6 +168,15 @@ def test_wins_over_an_earlier_evaluation(tmp_path: Path) -> None:
     assert found["win_rates"]["exact"]["prompts"] == 20
 
 
+def test_a_response_with_unicode_line_ends_is_one_sample(tmp_path: Path) -> None:
+    lines = [
+        pool_line(f"p{n}\u2028\x85", [0.5], [4], "old@1") | {"responses": ["a\u2028b\x0bc"]} for n in range(2)
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "samples.jsonl").write_bytes(text.encode())
+    assert len(read_baseline(tmp_path).means.lengths) == 2
+
+
 def test_what_cannot_be_compared_with_is_told_before_an_actor_starts(
     policy: Path, prompts: Path, capsys: Any
 ) -> None:

@@ -1,5 +1,7 @@
 """One row to one pair: every form that is read, every reason why one is not."""
 
+import json
+
 import pytest
 
 from cluster.data_files import BadRow
@@ -155,6 +157,47 @@ def test_a_response_is_finished_unless_the_row_says_that_it_was_cut_off(told, re
     assert (off.chosen_finished, off.rejected_finished) == (True, True)
 
 
+SHP = {
+    "prompt_column": "history",
+    "chosen_column": "human_ref_A",
+    "rejected_column": "human_ref_B",
+    "choice_column": "labels",
+    "choice_first": "1",
+    "choice_second": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("value", "better"), [(1, "A"), (0, "B"), (1.0, "A"), ("0", "B"), (2, None), (True, None), (None, None)]
+)
+def test_a_column_says_which_of_two_responses_is_better(value, better):
+    row = {
+        "history": "2+2?",
+        "human_ref_A": "of A",
+        "human_ref_B": "of B",
+        "labels": value,
+        "score_A": 3 if better == "A" else 1,
+        "score_B": 2,
+        "finished": {"chosen": False, "rejected": True},
+    }
+    scores = {"chosen_score_column": "score_A", "rejected_score_column": "score_B"}
+    if better is None:
+        with pytest.raises(BadRow, match=r"no choice: 'labels' is|missing column: 'labels' is null"):
+            parse(row, **SHP)
+        return
+    before = json.dumps(row)
+    label = parse(row, **SHP, **scores)
+    worse = {"A": "B", "B": "A"}[better]
+    assert (label.prompt, label.chosen, label.rejected) == ("2+2?", f"of {better}", f"of {worse}")
+    assert label.margin == 1.0
+    assert (label.chosen_finished, label.rejected_finished) == (
+        (False, True) if better == "A" else (True, False)
+    )
+    assert json.dumps(row) == before
+    with pytest.raises(BadRow, match="missing column: 'human_ref_B' is not among"):
+        parse({name: row[name] for name in ("history", "human_ref_A", "labels")}, **SHP)
+
+
 def test_values_that_only_look_wrong_are_read():
     label = parse(ROW | {"margin": " 1.5", "weight": "2", "annotator": 3.0, "subset": 4.0})
     assert (label.margin, label.weight, label.annotator, label.subset) == (1.5, 2.0, "3", "4")
@@ -272,6 +315,9 @@ def test_empty_responses_can_be_kept():
             "both give the margin",
         ),
         ({"chosen_column": "a", "rejected_column": "a"}, "is the chosen column too"),
+        ({"choice_column": "c", "choice_first": "0"}, "choice_column = 'c' needs two different values"),
+        ({"choice_column": "c", "choice_first": "0", "choice_second": "0"}, "needs two different values"),
+        ({"choice_first": "0"}, "choice_first = '0' says what .* and there is none"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):

@@ -1,5 +1,6 @@
 """Preference files: duplicates, contradictions, the split by prompt, and what the report says of them."""
 
+import gzip
 import itertools
 import json
 import math
@@ -60,6 +61,50 @@ def test_every_line_is_accounted_for_with_its_number(tmp_path):
     assert sorted(label.line for label in data.train + data.heldout) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("shape", ["lines", "array", "folder"])
+def test_packed_files_are_read(tmp_path, shape):
+    text = json.dumps(FILLING) if shape == "array" else "".join(json.dumps(row) + "\n" for row in FILLING)
+    folder = tmp_path / "helpful-base"
+    folder.mkdir()
+    file = folder / "train.jsonl.gz"
+    file.write_bytes(gzip.compress(text.encode()))
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    named = {"train": str(tmp_path), "subset": folder.name} if shape == "folder" else {"train": str(file)}
+    data = load_preferences(PreferenceSettings(**named), quarantine)
+    assert len(data.train) + len(data.heldout) == 40
+    file.write_bytes(gzip.compress(text.encode())[:-30])
+    with pytest.raises(ValueError, match=r"train\.jsonl\.gz' cannot be read to its end .*download is whole"):
+        load_preferences(PreferenceSettings(**named), quarantine)
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_tables_of_conversations_are_read(tmp_path, suffix):
+    import datasets
+
+    def told(text):
+        return [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": text}]
+
+    rows = [{"chosen": told(f"4{n}"), "rejected": told("5"), "score": 1.5} for n in range(3)]
+    rows += [{"chosen": [{"role": "user", "content": "x"}, *told("4")[1:]], "rejected": None, "score": None}]
+    rows += [
+        {"chosen": [{"role": "user", "content": "x"}, *told("4")[1:]], "rejected": told("y"), "score": 1}
+    ]
+    rows[-1]["rejected"][0] = {"role": "user", "content": "x"}
+    table, file = datasets.Dataset.from_list(rows), tmp_path / f"data.{suffix}"
+    if suffix == "parquet":
+        table.to_parquet(file)
+    else:
+        table.save_to_disk(tmp_path / "saved")
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(file)
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    data = load_preferences(PreferenceSettings(train=str(file)), quarantine)
+    assert sorted(label.chosen for label in data.train + data.heldout) == ["4", "40", "41", "42"]
+    assert put_aside(quarantine) == [(4, "missing column")]
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match="cannot be read after row 0"):
+        load_preferences(PreferenceSettings(train=str(file)), quarantine)
+
+
 def test_a_duplicate_is_the_same_label_of_the_same_annotator(tmp_path):
     rows = [
         *FILLING,
@@ -104,7 +149,8 @@ def test_texts_that_stand_in_several_rows_are_held_once(tmp_path):
 
 def test_a_source_without_a_pair_is_an_error_that_says_why(tmp_path):
     with pytest.raises(
-        ValueError, match=r"preferences.train = .* has no good row \(2 × identical responses\)"
+        ValueError,
+        match=r"preferences.train = .* no good row \(2 × identical responses\), such as line 1: chosen",
     ):
         load(tmp_path, [pair("p", "x", "x"), pair("q", "x", "x")])
     with pytest.raises(ValueError, match=r"has no good row \(2 × contradiction\)"):

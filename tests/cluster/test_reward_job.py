@@ -125,6 +125,18 @@ def test_a_wrong_setting_is_named_with_its_remedy(override: str, said: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_true_rewards_of_two_responses_in_any_order_are_refused() -> None:
+    choice = (
+        'preferences.choice_column="better"',
+        'preferences.choice_first="0"',
+        'preferences.choice_second="1"',
+    )
+    gold = ('evaluation.chosen_gold_column="g"', 'evaluation.rejected_gold_column="h"')
+    parse(SMALL, *choice)
+    with pytest.raises(ConfigError, match=r"evaluation\.chosen_gold_column = 'g' is of the better response"):
+        parse(SMALL, *choice, *gold)
+
+
 def test_a_resume_may_not_change_what_is_learned(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     RunFolder(run_dir, parse(), resume=False).close()

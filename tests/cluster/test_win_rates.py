@@ -32,6 +32,20 @@ def test_wins_and_ties_by_hand() -> None:
     assert found["gold"]["strength"] > 0
 
 
+def test_rounding_is_no_win() -> None:
+    same = dict.fromkeys(PROMPTS, 5.0)
+    first, second = (0.1 + 0.2 + 0.3) / 3, (0.3 + 0.2 + 0.1) / 3
+    assert first > second  # the same samples in another order
+    gold = {"before": dict.fromkeys(PROMPTS, second), "after": dict.fromkeys(PROMPTS, first)}
+    # Single precision, on a prompt whose own mean is near 0.
+    gold = {side: means | {"p0": 1e-9, "p1": 1.0} for side, means in gold.items()}
+    gold["after"]["p0"] = 2e-8
+    before, after = (evaluation(same, gold=gold[side]) for side in ("before", "after"))
+    assert win_rates(before, after)["gold"]["raw"] == 0.5
+    after = evaluation(same, gold=gold["after"] | {"p1": 1.0 + 1e-4})
+    assert win_rates(before, after)["gold"]["raw"] == pytest.approx(0.5 + 0.5 / len(PROMPTS))
+
+
 def test_a_win_by_length_alone_is_none() -> None:
     rng = random.Random(0)
     before = evaluation(dict.fromkeys(PROMPTS, 10.0), judge=dict.fromkeys(PROMPTS, 0.0))
