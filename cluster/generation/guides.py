@@ -45,6 +45,15 @@ def reward_guide(
     tokenizer = load_tokenizer(member_folder(folder, 0, card.members))
     if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         return spec
+    reads, writes = (
+        load_model_config(field, place).get_text_config().vocab_size
+        for field, place in (
+            ("--reward-model", member_folder(folder, 0, card.members)),
+            ("--policy", policy.path),
+        )
+    )
+    if reads < writes:  # a policy's vocabulary may be padded beyond its tokenizer's
+        return spec
     _check_room(card, folder, prompts, config.rollout.max_new_tokens)
     encoder = RewardEncoder(tokenizer, card.text)
     if not all(_reads_the_same(encoder, prompt) for prompt in prompts):

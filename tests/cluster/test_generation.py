@@ -216,15 +216,20 @@ def test_a_reward_model_with_the_policys_tokens_is_asked_token_by_token(
     same = save_reward_model(tmp_path / "same", alphabet=ALPHABET)
     other = save_reward_model(tmp_path / "other", alphabet=ALPHABET + "z")
     short = save_reward_model(tmp_path / "short", alphabet=ALPHABET, max_length=10)
+    narrow = save_reward_model(
+        tmp_path / "narrow", alphabet=ALPHABET
+    )  # the policy may write what it cannot read
+    member = json.loads((narrow / "config.json").read_text(encoding="utf-8"))
+    (narrow / "config.json").write_text(json.dumps(member | {"vocab_size": member["vocab_size"] - 1}))
     kinds = {}
-    for folder in (same, other):
+    for folder in (same, other, narrow):
         config, judges = read_settings(options("--reward-model", folder, "--max-new-tokens", 8), 1)
         opened = open_policy(config)
         found = read_prompts(config, opened, Quarantine(tmp_path / "q.jsonl"))
         spec = reward_guide(config, judges, opened, found, tmp_path)
         kinds[folder.name] = spec.kind
         assert spec.ends == [2]
-    assert kinds == {"same": "reward_tokens", "other": "reward_text"}
+    assert kinds == {"same": "reward_tokens", "other": "reward_text", "narrow": "reward_text"}
     config, judges = read_settings(options("--reward-model", short, "--max-new-tokens", 8), 1)
     with pytest.raises(ValueError, match="reads 10 tokens at most, and the longest prompt has 5"):
         reward_guide(config, judges, opened, found, tmp_path)
