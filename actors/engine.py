@@ -380,13 +380,17 @@ def kill(processes: set[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=5)
 
 
-def end_tokens(model_path: str) -> frozenset[int]:
-    """Every token id that ends a response: the tokenizer's, the model's, and its generation config's."""
+def end_tokens(model_path: str, tokenizer: Any = None) -> frozenset[int]:
+    """Every token id that ends a response: the tokenizer's, the model's, and its generation config's.
+
+    The folder's own tokenizer may be given, where it is loaded already.
+    """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     found: set[int] = set()
     sources: list[Any] = [
-        kind.from_pretrained(model_path, trust_remote_code=False) for kind in (AutoTokenizer, AutoConfig)
+        tokenizer or AutoTokenizer.from_pretrained(model_path, trust_remote_code=False),
+        AutoConfig.from_pretrained(model_path, trust_remote_code=False),
     ]
     if not Path(model_path).is_dir() or (Path(model_path) / "generation_config.json").exists():
         with contextlib.suppress(OSError):  # a hub model without that file
