@@ -14,6 +14,7 @@ from actors.records import Completion, Prompt, SampledGroup
 from cluster.cli import _parser, main
 from cluster.data_files import Quarantine
 from cluster.generation.against import compare, prompt_key, read_baseline
+from cluster.generation.commands import run_generate
 from cluster.generation.evaluation import PromptSamples, estimate, evaluate_samples
 from cluster.generation.figure import draw_evaluation
 from cluster.generation.guides import reward_guide, value_guide
@@ -21,6 +22,7 @@ from cluster.generation.output import Output
 from cluster.generation.policy import open_policy, read_prompts
 from cluster.generation.responses import choose, response_lines
 from cluster.generation.settings import Strategy, read_settings, strategy_of, temperature_of
+from cluster.remote import WorkerFailedError
 from cluster.scratch import build_scratch_model
 from learner.settings import ScratchSettings
 from rewards.base import Score
@@ -205,6 +207,19 @@ def test_prompts_without_what_the_rewards_need_are_put_aside(
     found = read_prompts(config, open_policy(config), quarantine, required=["answer"])
     assert [prompt.source for prompt in found] == ["ab=", "cde="]
     assert quarantine.counts == {"repeated prompt": 1, "missing column": 1}
+
+
+def test_a_failure_before_the_first_response_does_not_say_to_go_on(
+    options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise WorkerFailedError("rollout-0 failed to start: heads of size 8")
+
+    monkeypatch.setattr("cluster.generation.commands.sample_all", fail)
+    assert run_generate(options("--max-new-tokens", 8)) == 1
+    said = capsys.readouterr().err
+    assert "rollout-0 failed to start: heads of size 8" in said
+    assert "goes on" not in said
 
 
 # --- Guides ----------------------------------------------------------------------------------------------
