@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -380,32 +379,6 @@ def kill(processes: set[psutil.Process]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=5)
-
-
-def end_tokens(model_path: str) -> frozenset[int]:
-    """Every token id that ends a response: the tokenizer's, the model's, and its generation config's."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    found: set[int] = set()
-    with opening(f"model {model_path}: its tokenizer or configuration cannot be read"):
-        sources: list[Any] = [
-            kind.from_pretrained(model_path, trust_remote_code=False) for kind in (AutoTokenizer, AutoConfig)
-        ]
-        if not Path(model_path).is_dir() or (Path(model_path) / "generation_config.json").exists():
-            with contextlib.suppress(OSError):  # a hub model without that file
-                sources.append(GenerationConfig.from_pretrained(model_path))
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        several = ids if isinstance(ids, list | tuple | set) else [] if ids is None else [ids]
-        if odd := [one for one in several if not isinstance(one, int)]:
-            raise ValueError(
-                f"model {model_path}: {type(source).__name__} names {odd[0]!r} as an end token; "
-                "eos_token_id must be a token's number, or a list of such: correct it"
-            )
-        found |= {one for one in several if one >= 0}
-    if not found:
-        raise ValueError(f"model {model_path}: neither tokenizer nor configuration names an end token")
-    return frozenset(found)
 
 
 def node_id() -> str:

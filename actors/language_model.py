@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from actors.packing import MicroBatch, Pair, pack, scatter
+from rewards.models.attention import exact_attention
 from rewards.models.foreign import opening, refuse_nonfinite
 from rewards.models.weights import unsafe_weights
 
@@ -81,7 +82,7 @@ def load_causal_model(
             config=config,
             revision=revision,
             dtype=DTYPES[dtype],
-            attn_implementation=attention,
+            attn_implementation=exact_attention(config, attention),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from actors.engine import EngineDied, EngineSpec, WatchedEngine, end_tokens, node_id
+from actors.end_tokens import end_tokens
+from actors.engine import EngineDied, EngineSpec, WatchedEngine, node_id
 from actors.proof import (
     DEFAULT_TOLERANCE,
     Table,

@@ -25,7 +25,7 @@ from machine import StolenTime, describe
 
 from actors.decoding.settings import Guidance, GuideSpec
 from actors.decoding.worker import GuidedWorker
-from actors.engine import end_tokens
+from actors.end_tokens import end_tokens
 from actors.records import Prompt, SampledGroup, SampleRequest
 from actors.rollout import RolloutWorker
 from actors.settings import RolloutSettings, SyncSettings

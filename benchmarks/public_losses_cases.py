@@ -20,6 +20,7 @@ from learner.settings import PPOSettings
 from learner.surrogates import divisor, token_scales
 
 REINFORCE = "reinforce_plus_plus"
+FEWER = "verl divides the variance by n - 1 tokens, headrace by n"
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,10 @@ def group_comparisons() -> Iterator[Comparison]:
     yield openrlhf("ppo")
     yield openrlhf("ppo", dual_clip=1.2)
     yield trl("grpo", "grpo", (0.2, 0.2), beta=0.04)
-    yield Comparison("grpo", "verl", ours("grpo"), _verl_grpo)
+    yield Comparison("grpo", "verl", ours("grpo"), partial(_verl_with_kl, "grpo", "seq-mean-token-mean"))
+    baseline = "reinforce++_baseline"
+    yield Comparison(baseline, "verl", ours(baseline), partial(_verl_with_kl, baseline, "token-mean"))
+    yield Comparison(baseline, "openrlhf", ours(baseline), _openrlhf_with_kl)
     yield trl("dr_grpo", "dr_grpo", (0.2, 0.2))
     yield verl("dr_grpo", vanilla, (0.2, 0.2), "seq-mean-token-sum-norm")
     yield trl("dapo", "dapo", (0.2, 0.28))
@@ -198,14 +202,23 @@ def _with_bound(objective: str, dual_clip: float | None) -> str:
     return objective if dual_clip is None else f"{objective}, dual clip {dual_clip:g}"
 
 
-def _verl_grpo(step: Step, new: Tensor) -> Tensor:
-    """Policy loss and k3 of verl, added with its coefficient."""
-    core, mask = theirs.verl_core(), step.mask.double()
-    advantages = our_advantages("grpo", step)[:, None].expand_as(mask)
-    config, mode = theirs.verl_config((0.2, 0.2), 1e9), "seq-mean-token-mean"
+def _verl_with_kl(objective: str, mode: str, step: Step, new: Tensor) -> Tensor:
+    """Policy loss of verl and its estimator of the KL, added with the objective's coefficient."""
+    core, mask, settings = theirs.verl_core(), step.mask.double(), PPOSettings(**PRESETS[objective]["ppo"])
+    advantages = our_advantages(objective, step)[:, None].expand_as(mask)
+    config = theirs.verl_config((0.2, 0.2), 1e9)
     loss, _ = core.compute_policy_loss_vanilla(step.old, new, advantages, mask, mode, config)
-    penalty = core.agg_loss(core.kl_penalty(new, step.reference, "k3"), mask, mode)
-    return torch.as_tensor(loss + 0.04 * penalty)
+    penalty = core.agg_loss(core.kl_penalty(new, step.reference, settings.kl_estimator), mask, mode)
+    return torch.as_tensor(loss + settings.kl_coef * penalty)
+
+
+def _openrlhf_with_kl(step: Step, new: Tensor) -> Tensor:
+    """REINFORCE++ with baseline as OpenRLHF trains it: policy loss, and k2 as a loss of its own."""
+    mask, settings = step.mask.double(), PPOSettings(**PRESETS["reinforce++_baseline"]["ppo"])
+    advantages = our_advantages("reinforce++_baseline", step)[:, None].expand_as(mask)
+    loss = theirs.openrlhf_losses().PolicyLoss()(new, step.old, advantages, action_mask=mask)[0]
+    distance = theirs.openrlhf_kl(new, step.reference, settings.kl_estimator)
+    return torch.as_tensor(loss + settings.kl_coef * (distance * mask).sum() / mask.sum())
 
 
 def preference_comparisons() -> Iterator[Comparison]:
@@ -309,8 +322,7 @@ def other_comparisons() -> Iterator[Comparison]:
         return (values(s) * new * s.mask).sum()
 
     def verl(function: str, s: Step, **options: Any) -> Tensor:
-        rewards = torch.zeros_like(s.old)
-        rewards[torch.arange(len(rewards)), s.mask.sum(1) - 1] = s.rewards
+        rewards = _last_rewards(s)
         index = np.asarray(s.groups)
         options = {"index": index, **options} if function != REINFORCE else options
         call = getattr(theirs.verl_core(), f"compute_{function}_outcome_advantage")
@@ -328,25 +340,40 @@ def other_comparisons() -> Iterator[Comparison]:
             partial(weighted, lambda s, name=function, more=options: verl(name, s, **more)),
         )
     config = theirs.algorithm_config()
-    expected = partial(weighted, lambda s: verl(REINFORCE, s, config=config))
-    yield Comparison(
-        "advantages of reinforce++",
-        "verl",
-        partial(weighted, _reward_to_go),
-        expected,
-        because="verl divides the variance by n - 1 tokens, headrace by n",
+    whitened: tuple[tuple[str, str, Callable[[Step], Tensor]], ...] = (
+        ("reinforce++", REINFORCE, _reward_to_go),
+        ("reinforce++_baseline", f"{REINFORCE}_baseline", _less_the_group),
     )
+    for objective, function, values in whitened:
+        expected = partial(weighted, lambda s, name=function: verl(name, s, config=config))
+        name = f"advantages of {objective}"
+        yield Comparison(name, "verl", partial(weighted, values), expected, because=FEWER)
+        fewer = partial(weighted, lambda s, all_of=values: _by_one_less(all_of(s), s))
+        yield Comparison(f"{name}, n - 1", "verl", fewer, expected)
 
-    def by_one_less(s: Step) -> Tensor:
-        tokens = int(s.mask.sum())
-        return _reward_to_go(s) * ((tokens - 1) / tokens) ** 0.5
 
-    yield Comparison("the same with n - 1", "verl", partial(weighted, by_one_less), expected)
+def _last_rewards(step: Step) -> Tensor:
+    """(B, T): each response's reward on its last token."""
+    rewards = torch.zeros_like(step.old)
+    rewards[torch.arange(len(rewards)), step.mask.sum(1) - 1] = step.rewards
+    return rewards
 
 
 def _reward_to_go(step: Step) -> Tensor:
     """Ours for REINFORCE++ without a KL penalty, whitened over the batch."""
-    rewards = torch.zeros_like(step.old)
-    rewards[torch.arange(len(rewards)), step.mask.sum(1) - 1] = step.rewards
-    returns = adv.rewards_to_go(rewards, step.mask, gamma=1.0)
-    return adv.whiten(returns, step.mask, adv.moments(returns, step.mask), shift_mean=True)
+    return _whitened(adv.rewards_to_go(_last_rewards(step), step.mask, gamma=1.0), step)
+
+
+def _less_the_group(step: Step) -> Tensor:
+    """Ours for REINFORCE++ with baseline, whitened over the batch."""
+    return _whitened(our_advantages("reinforce++_baseline", step)[:, None] * step.mask, step)
+
+
+def _whitened(values: Tensor, step: Step) -> Tensor:
+    return adv.whiten(values, step.mask, adv.moments(values, step.mask), shift_mean=True)
+
+
+def _by_one_less(values: Tensor, step: Step) -> Tensor:
+    """Whitened values as they are where the variance is divided by n - 1."""
+    tokens = int(step.mask.sum())
+    return values * ((tokens - 1) / tokens) ** 0.5

@@ -40,6 +40,13 @@ def openrlhf_losses() -> ModuleType:
     return importlib.import_module("openrlhf.models.loss")
 
 
+def openrlhf_kl(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
+    """OpenRLHF's estimator of the KL, a token."""
+    openrlhf_losses()  # its package, without the rest
+    utils = importlib.import_module("openrlhf.models.utils")
+    return torch.as_tensor(utils.compute_approx_kl(logprobs, reference, kl_estimator=kind))
+
+
 @cache
 def _accelerator() -> Any:
     return importlib.import_module("accelerate").Accelerator(cpu=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.records import Prompt
+from cluster.chat import Message, check_messages, conversation, turn_end
 from cluster.data_files import BadRow, Quarantine, Reading, read_rows
 from cluster.data_settings import DEFAULT_HELDOUT_FRACTION, DataSettings
 from cluster.prompt_cursor import PromptCursor
@@ -56,6 +57,10 @@ class PromptData:
     heldout: PromptSet
 
 
+_CONVERSATIONS = ("messages", "conversations")
+"""Columns that hold whole conversations, in data sets that have no `prompt`."""
+
+
 # --- one row → tokens ----------------------------------------------------------------------------------
 
 
@@ -64,13 +69,16 @@ class Encoder:
     """Turns the values of a row into tokens, or raises BadRow with the reason why it cannot.
 
     A text without a template is encoded with the special tokens that the tokenizer itself adds (a BOS, for
-    many); a templated prompt and a completion are encoded without, as the template writes its own.
+    many); a templated prompt and a completion are encoded without, as the template writes its own. A
+    completion ends with `end`, after a templated prompt with `turn_end`.
     """
 
     tokenizer: Any
     settings: DataSettings
     max_tokens: int
     unknown: frozenset[int] = field(init=False)
+    end: int | None = field(init=False)
+    turn_end: int | None = field(init=False)
 
     def __post_init__(self) -> None:
         if self.settings.apply_chat_template == "always" and not self.tokenizer.chat_template:
@@ -82,10 +90,33 @@ class Encoder:
         # Some tokenizers name an end or padding token as their unknown one: that says nothing of a character.
         others = {known.bos_token_id, known.eos_token_id, known.pad_token_id, None}
         object.__setattr__(self, "unknown", frozenset({known.unk_token_id} - others))
+        end = turn = known.eos_token_id
+        if end is not None and known.chat_template:
+            turn = turn_end(known)
+        object.__setattr__(self, "end", end)
+        object.__setattr__(self, "turn_end", turn)
+
+    def source(self, row: Mapping[str, Any]) -> Any:
+        """The prompt's column; of a whole conversation what comes before the assistant's last message."""
+        talk = self._conversation(row)
+        if talk is None:
+            return _column(row, self.settings.prompt_column)
+        return talk[:-1] if talk[-1]["role"] == "assistant" else talk
+
+    def _conversation(self, row: Mapping[str, Any]) -> list[Message] | None:
+        """A row's `messages` or `conversations`, where these are what the prompt is read from."""
+        wanted = self.settings.prompt_column
+        names = (wanted,) if row.get(wanted) is not None else _CONVERSATIONS
+        name = next((one for one in names if one in _CONVERSATIONS and row.get(one) is not None), None)
+        if name is None:
+            return None
+        if row[name] == []:
+            raise BadRow("empty prompt", "no messages")
+        return conversation(row[name], name)
 
     def prompt(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
         """Token ids, and the text: the prompt itself, or for chat messages what the template made of them."""
-        value = _column(row, self.settings.prompt_column)
+        value = self.source(row)
         if isinstance(value, str):
             if not value.strip():
                 raise BadRow("empty prompt", "only white space")
@@ -99,16 +130,40 @@ class Encoder:
         raise BadRow("wrong type", f"the prompt is a {type(value).__name__}, not a text or chat messages")
 
     def completion(self, row: Mapping[str, Any], *, finished: bool = True) -> tuple[int, ...]:
-        """Token ids of a response, as in a demonstration, the end token added if it is finished."""
-        value = _column(row, self.settings.completion_column)
+        """Token ids of a response, as in a demonstration, the end token added if it is finished.
+
+        A row with a conversation and no completion has it in the assistant's last message.
+        """
+        value = self._response(row)
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-            value = value[0].get("content")  # [{"role": "assistant", "content": …}]
+            (message,) = conversation(value, self.settings.completion_column)
+            if message["role"] != "assistant":
+                raise BadRow("wrong type", f"the completion is of role {message['role']!r}, not 'assistant'")
+            value = message["content"]
         if not isinstance(value, str):
             raise BadRow("wrong type", f"the completion is a {type(value).__name__}, not a text")
         if not value.strip():
             raise BadRow("empty completion", "only white space")
-        end = (int(self.tokenizer.eos_token_id),) if finished else ()
-        return (*self._encode(value, special=False), *end)
+        ids = self._encode(value, special=False)
+        end = self.turn_end if self._templated(row) else self.end
+        if not finished or end is None or ids[-1] == end:  # some rows bring their end token as text
+            return ids
+        return (*ids, int(end))
+
+    def _response(self, row: Mapping[str, Any]) -> Any:
+        talk = self._conversation(row)
+        if row.get(self.settings.completion_column) is not None or talk is None:
+            return _column(row, self.settings.completion_column)
+        if talk[-1]["role"] != "assistant":
+            raise BadRow(
+                "wrong type", f"the last message is of role {talk[-1]['role']!r}, so nothing is demonstrated"
+            )
+        return talk[-1]["content"]
+
+    def _templated(self, row: Mapping[str, Any]) -> bool:
+        """Whether the template writes the row's prompt."""
+        value = self.source(row)
+        return isinstance(value, list) or (isinstance(value, str) and self._template_for_text())
 
     def check_length(self, tokens: int) -> None:
         """Refuse what is longer than the limit."""
@@ -145,23 +200,6 @@ def _column(row: Mapping[str, Any], column: str) -> Any:
     if value is None:
         state = "null" if column in row else f"not among {', '.join(map(repr, row)) or 'no columns'}"
         raise BadRow("missing column", f"{column!r} is {state}")
-    return value
-
-
-def check_messages(value: list[Any]) -> list[dict[str, Any]]:
-    """Chat messages with a role and a text each, the last one not the assistant's; else BadRow."""
-    if not value:
-        raise BadRow("empty prompt", "no messages")
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict):
-            raise BadRow("wrong type", f"message {number} is a {type(message).__name__}, not an object")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise BadRow("wrong type", f"message {number} has no text under {key!r}")
-    if not any(message["content"].strip() for message in value):
-        raise BadRow("empty prompt", "no message has text")
-    if value[-1]["role"] == "assistant":
-        raise BadRow("wrong type", "the last message is the assistant's, so there is nothing to answer")
     return value
 
 
@@ -271,7 +309,7 @@ def _prompt(
             raise BadRow(
                 "wrong type", f"{settings.id_column!r} is a {type(name).__name__}, not a text or number"
             )
-    return Prompt(id=f"{split}:{name}", token_ids=ids, text=text, row=row, source=row[settings.prompt_column])
+    return Prompt(id=f"{split}:{name}", token_ids=ids, text=text, row=row, source=encoder.source(row))
 
 
 def _check_answers(

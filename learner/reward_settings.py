@@ -16,5 +16,9 @@ class BackboneSettings(Settings):
     max_length: int | None = Field(
         None, ge=2, description="Prompt plus response; unset: the model's own limit."
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa",
+        description="Attention kernel. A model that caps its attention scores, as Gemma 2 does, runs with "
+        "eager instead of sdpa, which cannot.",
+    )
     scratch: ScratchSettings | None = Field(None, description="Build a small Llama instead of loading one.")

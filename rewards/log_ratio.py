@@ -7,7 +7,8 @@ that was trained on such pairs (docs/imitation_iterated.md).
 
     [[reward]] ─▶ LogRatioReward: folders and tokenizers, checked everywhere ─▶ load: in the scoring actor
 
-Both models read prompt and response as a policy does, with the end token where the response is finished.
+Both models read prompt and response as a policy does, with the end token where the response is finished: the
+one that the policy sampled, where it is known.
 The sum over tokens is the log-ratio of the sequence; with `per_token` it is divided by their number.
 
 Legend: N sequences, L longest of a batch, V vocabulary.
@@ -48,6 +49,7 @@ class LogRatioReward:
                 f"reward.initial = {str(initial)!r} of {label!r} has another vocabulary than reward.path = "
                 f"{str(tuned)!r}: give the model that the fine-tuning started from"
             )
+        self._size = len(first)
         longest = min(self._longest(field) for field in self._folders)
         self._encoder = RewardEncoder(first, TextFormat(max_length=longest))
         self._models: dict[str, PreTrainedModel] = {}
@@ -103,6 +105,9 @@ class LogRatioReward:
             raise EncodingError("empty response", "it has no token that could be more or less likely")
         if count == len(item.ids):
             raise EncodingError("empty prompt", "no token comes before the response")
+        own = list(request.token_ids)
+        if request.finished and own[:-1] == item.ids[:-1] and own[-1] < self._size:
+            return own, count  # a policy may end its turns with another token than the tokenizer's
         return item.ids, count
 
     def _tokenizer(self, field: str) -> Any:

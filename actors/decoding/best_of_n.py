@@ -80,7 +80,7 @@ def best_of_n_kl(p: ArrayLike, scores: ArrayLike, n: int) -> float:
     """KL(π_n‖p) in nats: Σ over levels of (Fⁿ − F₋ⁿ)·log((Fⁿ − F₋ⁿ)/p(level))."""
     _, at, chosen = _level_masses(_vector(p, "p"), _vector(scores, "scores"), n)
     seen = chosen > 0
-    return float((chosen[seen] * np.log(chosen[seen] / at[seen])).sum())
+    return max(0.0, float((chosen[seen] * np.log(chosen[seen] / at[seen])).sum()))
 
 
 def best_of_n_win_rate(p: ArrayLike, scores: ArrayLike, n: int) -> float:

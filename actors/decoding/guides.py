@@ -182,7 +182,16 @@ class TextGuide:
         )
         rest = iter(texts)
         groups = [
-            [RewardRequest(row.source, next(rest), row.columns, one in self._ends) for one in ones]
+            [
+                RewardRequest(
+                    row.source,
+                    next(rest),
+                    row.columns,
+                    one in self._ends,
+                    (*row.prompt, *row.output, one),
+                )
+                for one in ones
+            ]
             for row, ones in zip(rows, tokens, strict=True)
         ]
         answers = self._reward.score_groups(groups, [False] * len(groups))

@@ -88,7 +88,8 @@ def run_generate(options: argparse.Namespace) -> int:
             progress.advance(tokens, [line["score"] for line in lines if "score" in line])
 
         if left and not _sampled(task, left, plan, use):
-            print(f"{len(output.done)} prompts are kept: the same command goes on", file=sys.stderr)
+            if output.done:
+                print(f"{len(output.done)} prompts are kept: the same command goes on", file=sys.stderr)
             return EXIT_FAILED
         if not _say_failures(failures, len(task.prompts)):
             return EXIT_FAILED

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.decoding.settings import GuideSpec
-from actors.engine import end_tokens
+from actors.end_tokens import end_tokens
 from actors.records import Prompt
 from cluster.config import JobConfig
 from cluster.generation.policy import Policy, checkpoint_folder
@@ -44,6 +44,15 @@ def reward_guide(
         return spec
     tokenizer = load_tokenizer(member_folder(folder, 0, card.members))
     if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        return spec
+    reads, writes = (
+        load_model_config(field, place).get_text_config().vocab_size
+        for field, place in (
+            ("--reward-model", member_folder(folder, 0, card.members)),
+            ("--policy", policy.path),
+        )
+    )
+    if reads < writes:  # a policy's vocabulary may be padded beyond its tokenizer's
         return spec
     _check_room(card, folder, prompts, config.rollout.max_new_tokens)
     encoder = RewardEncoder(tokenizer, card.text)

@@ -99,7 +99,7 @@ def read_prompts(
         except BadRow as bad:
             reading.reject(line, bad, json.dumps(row, ensure_ascii=False))
             continue
-        prompts[ids] = Prompt(f"line {line}", ids, text, row, row[settings.prompt_column])
+        prompts[ids] = Prompt(f"line {line}", ids, text, row, encoder.source(row))
         if len(prompts) == settings.max_rows:
             break
     reading.require_good(len(prompts), "PROMPTS")

@@ -148,7 +148,7 @@ def parse_candidates(line: int, row: Mapping[str, Any]) -> Candidates:
 def parse_prompt(value: Any) -> Prompt:
     """A text or chat messages; raises BadRow."""
     if isinstance(value, list):
-        from cluster.data import check_messages  # with it comes torch, seconds that texts need not wait for
+        from cluster.chat import check_messages  # with it comes torch, seconds that texts need not wait for
 
         return check_messages(value)
     if not isinstance(value, str):

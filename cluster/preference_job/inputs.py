@@ -236,7 +236,9 @@ class ResponseTable:
         prompt, _ = self._encoder.prompt({"prompt": row.prompt})
         sides = zip((row.chosen, row.rejected), row.finished, strict=True)
         responses = [
-            None if text is None else self._encoder.completion({"completion": text}, finished=finished)
+            None
+            if text is None
+            else self._encoder.completion({"prompt": row.prompt, "completion": text}, finished=finished)
             for text, finished in sides
         ]
         for response in responses:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from cluster.data import check_messages
+from cluster.chat import check_messages
 from cluster.data_files import BadRow, Quarantine, Reading, read_rows
 from cluster.preferences.forms import as_number, unread
 from cluster.preferences.settings import DEFAULT_HELDOUT_FRACTION, PreferenceSettings

@@ -19,12 +19,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.data import check_messages
+from cluster.chat import Message, check_messages, conversation, kind_of
 from cluster.data_files import BadRow
 from cluster.preferences.settings import PreferenceSettings
 from rewards.preferences.records import Preference, Prompt, response_key
-
-Message = dict[str, Any]
 
 # What stands before a reply in the dialogues of common data sets.
 REPLY_MARKS = (
@@ -40,7 +38,6 @@ REPLY_MARKS = (
 )
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 def parse_pair(row: Mapping[str, Any], line: int, settings: PreferenceSettings) -> Preference:
@@ -121,9 +118,9 @@ def _texts(prompt: Any, chosen: Any, rejected: Any, settings: PreferenceSettings
     if prompt == []:
         raise BadRow("empty prompt", "no messages")
     if isinstance(prompt, list):
-        prompt = check_messages(_conversation(prompt, settings.prompt_column))
+        prompt = check_messages(conversation(prompt, settings.prompt_column))
     elif not isinstance(prompt, str | None):
-        raise BadRow("wrong type", f"{settings.prompt_column!r} is a {_kind(prompt)}, no text or messages")
+        raise BadRow("wrong type", f"{settings.prompt_column!r} is a {kind_of(prompt)}, no text or messages")
     if isinstance(prompt, str) and not prompt.strip():
         raise BadRow("empty prompt", "only white space")
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -202,48 +199,11 @@ def _reply_or_conversation(value: Any, column: str) -> list[Message]:
     """Messages that end with the assistant's; a text is such a message."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
-    messages = _conversation([value] if isinstance(value, dict) else value, column)
+    messages = conversation([value] if isinstance(value, dict) else value, column)
     if messages[-1]["role"] != "assistant":
         role = messages[-1]["role"]
         raise BadRow("wrong type", f"the last message of {column!r} is of role {role!r}, not 'assistant'")
     return messages
-
-
-def _conversation(value: Any, column: str) -> list[Message]:
-    """Chat messages with role and content, and what else they hold that is not null."""
-    if not isinstance(value, list):
-        raise BadRow("wrong type", f"{column!r} is a {_kind(value)}, no text or messages")
-    if not value:
-        raise BadRow("empty response", f"{column!r} has no messages")
-    return [_message(one, number, column) for number, one in enumerate(value, start=1)]
-
-
-def _message(value: Any, number: int, column: str) -> Message:
-    if not isinstance(value, dict):
-        raise BadRow("wrong type", f"message {number} of {column!r} is a {_kind(value)}, not an object")
-    message = {name: content for name, content in value.items() if content is not None}
-    for name, other in (("role", "from"), ("content", "value")):
-        if name not in message and other in message:
-            message[name] = message.pop(other)
-        if name == "content" and isinstance(message.get(name), list):
-            message[name] = _joined(message[name], number, column)
-        if not isinstance(message.get(name), str):
-            raise BadRow("wrong type", f"message {number} of {column!r} has no text under {name!r}")
-    message["role"] = _ROLES.get(message["role"], message["role"])
-    return message
-
-
-def _joined(parts: list[Any], number: int, column: str) -> str:
-    """The text of a message in parts, one after the other, as chat templates write it."""
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else _kind(part)
-        if kind != "text" or not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            raise BadRow(
-                "wrong type",
-                f"message {number} of {column!r} has a part of type {kind!r}: only parts of type 'text' with "
-                "a text can be read, so leave such messages out",
-            )
-    return "".join(part["text"] for part in parts)
 
 
 def _from_conversations(
@@ -299,7 +259,7 @@ def _with_system(prompt: Prompt, row: Mapping[str, Any], settings: PreferenceSet
         return prompt
     system = row.get(settings.system_column)
     if system is not None and not isinstance(system, str):
-        raise BadRow("wrong type", f"{settings.system_column!r} is a {_kind(system)}, not a text")
+        raise BadRow("wrong type", f"{settings.system_column!r} is a {kind_of(system)}, not a text")
     if not system or not system.strip():
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -345,7 +305,7 @@ def as_number(value: Any, column: str, remedy: str = "") -> float:
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow("wrong type", f"{column!r} is a {_kind(value)}, not a number{remedy}")
+        raise BadRow("wrong type", f"{column!r} is a {kind_of(value)}, not a number{remedy}")
     try:
         number = float(value)
     except OverflowError:
@@ -367,7 +327,9 @@ def _name(row: Mapping[str, Any], settings: PreferenceSettings, field: str) -> s
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of whole numbers with gaps is often saved as fractions
     if isinstance(value, bool) or not isinstance(value, str | int):
-        told = f"{getattr(settings, field)!r} is a {_kind(value)}, not a text or whole number{unread(field)}"
+        told = (
+            f"{getattr(settings, field)!r} is a {kind_of(value)}, not a text or whole number{unread(field)}"
+        )
         raise BadRow("wrong type", told)
     return sys.intern(str(value).strip())
 
@@ -383,8 +345,3 @@ def _finished(row: Mapping[str, Any], settings: PreferenceSettings) -> tuple[boo
         told = f"{settings.finished_column!r} is not of the form {wanted}{unread('finished_column')}"
         raise BadRow("wrong type", told)
     return sides[0] is not False, sides[1] is not False
-
-
-def _kind(value: object) -> str:
-    names = {str: "text", list: "list", dict: "object", bool: "flag", int: "number", float: "number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)

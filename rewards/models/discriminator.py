@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from rewards.base import RewardError, RewardRequest, Score
 from rewards.model_reward import ModelPlace
+from rewards.models.attention import exact_attention
 from rewards.models.transformer import DTYPES, TransformerScorer
 
 Form = Literal["logit", "-log(1-D)", "log(D)", "D/(1-D)"]
@@ -122,7 +123,7 @@ def _classifier(config: str, place: ModelPlace) -> Any:
     settings = type(AutoConfig.for_model(facts["model_type"])).from_dict(facts)
     with torch.random.fork_rng(devices=[]):  # first weights are drawn, and then replaced
         model = AutoModelForSequenceClassification.from_config(
-            settings, attn_implementation="sdpa", trust_remote_code=False
+            settings, attn_implementation=exact_attention(settings, "sdpa"), trust_remote_code=False
         )
     model.config.use_cache = False
     return model.to(device=place.device, dtype=DTYPES[place.precision]).eval()

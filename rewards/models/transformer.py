@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rewards.models.attention import exact_attention
 from rewards.models.card import RewardCard, member_folder
 from rewards.models.foreign import opening, refuse_nonfinite
 from rewards.models.weights import unsafe_files, unsafe_weights
@@ -136,7 +137,7 @@ def _open(factory: Any, folder: Path, *, precision: str, attention: str, **setti
                 str(folder),
                 config=config,
                 dtype=DTYPES[precision],
-                attn_implementation=attention,
+                attn_implementation=exact_attention(config, attention),
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,

@@ -1,6 +1,7 @@
 """Guides against whole sequences scored one by one: rows that come, grow, end and change places."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from actors.decoding.guides import GuideError, Row, TextGuide, TokenGuide, build
 from actors.decoding.prefix_model import PrefixModel, UnsupportedModelError
 from actors.decoding.settings import GuideSpec
 from cluster.scratch import build_tokenizer
+from rewards.base import RewardRequest, Score
 from rewards.settings import RewardSettings
 
 torch.set_num_threads(1)
@@ -219,6 +221,23 @@ def test_a_reward_model_scores_tokens_as_it_scores_their_text(
             assert by_tokens.flatten().tolist() == pytest.approx(expected, abs=1e-5)
         for row in rows:
             row.output.append(letters[0])
+
+
+def test_rewards_on_texts_know_the_tokens_that_the_policy_may_sample() -> None:
+    """Among them which of several end tokens it is."""
+    seen: list[RewardRequest] = []
+
+    class Watching:
+        def score_groups(self, groups: Any, _: Any) -> Any:
+            seen.extend(one for group in groups for one in group)
+            return [SimpleNamespace(answers=[Score(0.0)] * len(group)) for group in groups]
+
+    watching: Any = Watching()
+    tokenizer = build_tokenizer(ALPHABET, 32)
+    guide = TextGuide(watching, tokenizer, frozenset({0, END}))
+    guide.scores([Row([1, 5], [6], 3, 1.0, 1.0, "b")], torch.tensor([[7, END, 0]]))
+    assert [one.token_ids for one in seen] == [(1, 5, 6, 7), (1, 5, 6, END), (1, 5, 6, 0)]
+    assert [one.finished for one in seen] == [False, True, True]
 
 
 def test_rewards_on_texts_hear_of_the_end_and_their_errors_are_told(tmp_path: Path, policy: Path) -> None:

@@ -11,7 +11,8 @@ from tiny_reward_model import ALPHABET, save_reward_model
 
 from actors.decoding.settings import Guidance, GuideSpec
 from actors.decoding.worker import GuidedWorker
-from actors.engine import EngineDied, end_tokens
+from actors.end_tokens import end_tokens
+from actors.engine import EngineDied
 from actors.records import Completion, Prompt, SampledGroup, SampleRequest
 from actors.settings import RolloutSettings, SyncSettings
 from cluster.scratch import build_scratch_model, build_tokenizer

@@ -27,6 +27,7 @@ from actors.language_model import (
     response_logprobs,
 )
 from actors.packing import Pair, pack
+from rewards.models.transformer import load_backbone, load_classifier, load_language_model
 
 VOCABULARY = 37
 SMALL = {
@@ -82,6 +83,30 @@ def test_packed_and_chunked_equals_each_sequence_by_itself(name: str, attention:
         got = response_logprobs(model, PAIRS, temperature=0.7, micro_batch_tokens=limit, chunk_tokens=3)
         for mine, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+
+
+def test_capped_attention_scores_stay_capped(tmp_path: Path) -> None:
+    """Fused attention leaves the cap out: policy, reference and rewards would be other models."""
+    config = Gemma2Config(**SMALL, head_dim=8, attn_logit_softcapping=1.0)
+    folder = saved(config, tmp_path)
+    pair: Pair = (list(range(9)), list(range(20, 30)))
+    ids = torch.tensor([[*pair[0], *pair[1]]])
+    exact, fused = (
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kind).eval()
+        for kind in ("eager", "sdpa")
+    )
+    with torch.no_grad():
+        wanted, other = (torch.log_softmax(model(ids).logits[0, 8:-1], -1) for model in (exact, fused))
+    wanted, other = (law[range(10), list(pair[1])] for law in (wanted, other))
+    assert float((wanted - other).abs().max()) > 0.1
+    (found,) = response_logprobs(load(folder), [pair], temperature=1.0, micro_batch_tokens=64, chunk_tokens=8)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    loaded = (
+        load_language_model(folder, precision="float32", device="cpu"),
+        load_classifier(folder, precision="float32", device="cpu"),
+        load_backbone(folder, precision="float32", device="cpu"),
+    )
+    assert [one.config._attn_implementation for one in loaded] == ["eager"] * 3
 
 
 def test_chunks_change_neither_values_nor_gradients(llama: Any) -> None:

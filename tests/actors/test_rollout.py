@@ -15,10 +15,10 @@ import pytest
 import torch
 from engine_helpers import END, LoopThread, logprobs, make_worker, probe_of, request, save_model, wait_gone
 
+from actors.end_tokens import end_tokens
 from actors.engine import (
     EngineDied,
     EngineSpec,
-    end_tokens,
     engine_environment,
     refuse_head_size,
     refuse_unsafe_environment,

@@ -14,6 +14,7 @@ from actors.records import Completion, Prompt, SampledGroup
 from cluster.cli import _parser, main
 from cluster.data_files import Quarantine
 from cluster.generation.against import compare, prompt_key, read_baseline
+from cluster.generation.commands import run_generate
 from cluster.generation.evaluation import PromptSamples, estimate, evaluate_samples
 from cluster.generation.figure import draw_evaluation
 from cluster.generation.guides import reward_guide, value_guide
@@ -21,6 +22,7 @@ from cluster.generation.output import Output
 from cluster.generation.policy import open_policy, read_prompts
 from cluster.generation.responses import choose, response_lines
 from cluster.generation.settings import Strategy, read_settings, strategy_of, temperature_of
+from cluster.remote import WorkerFailedError
 from cluster.scratch import build_scratch_model
 from learner.settings import ScratchSettings
 from rewards.base import Score
@@ -216,6 +218,19 @@ def test_prompts_without_what_the_rewards_need_are_put_aside(
     assert quarantine.counts == {"repeated prompt": 1, "missing column": 1}
 
 
+def test_a_failure_before_the_first_response_does_not_say_to_go_on(
+    options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise WorkerFailedError("rollout-0 failed to start: heads of size 8")
+
+    monkeypatch.setattr("cluster.generation.commands.sample_all", fail)
+    assert run_generate(options("--max-new-tokens", 8)) == 1
+    said = capsys.readouterr().err
+    assert "rollout-0 failed to start: heads of size 8" in said
+    assert "goes on" not in said
+
+
 # --- Guides ----------------------------------------------------------------------------------------------
 
 
@@ -225,15 +240,20 @@ def test_a_reward_model_with_the_policys_tokens_is_asked_token_by_token(
     same = save_reward_model(tmp_path / "same", alphabet=ALPHABET)
     other = save_reward_model(tmp_path / "other", alphabet=ALPHABET + "z")
     short = save_reward_model(tmp_path / "short", alphabet=ALPHABET, max_length=10)
+    narrow = save_reward_model(
+        tmp_path / "narrow", alphabet=ALPHABET
+    )  # the policy may write what it cannot read
+    member = json.loads((narrow / "config.json").read_text(encoding="utf-8"))
+    (narrow / "config.json").write_text(json.dumps(member | {"vocab_size": member["vocab_size"] - 1}))
     kinds = {}
-    for folder in (same, other):
+    for folder in (same, other, narrow):
         config, judges = read_settings(options("--reward-model", folder, "--max-new-tokens", 8), 1)
         opened = open_policy(config)
         found = read_prompts(config, opened, Quarantine(tmp_path / "q.jsonl"))
         spec = reward_guide(config, judges, opened, found, tmp_path)
         kinds[folder.name] = spec.kind
         assert spec.ends == [2]
-    assert kinds == {"same": "reward_tokens", "other": "reward_text"}
+    assert kinds == {"same": "reward_tokens", "other": "reward_text", "narrow": "reward_text"}
     config, judges = read_settings(options("--reward-model", short, "--max-new-tokens", 8), 1)
     with pytest.raises(ValueError, match="reads 10 tokens at most, and the longest prompt has 5"):
         reward_guide(config, judges, opened, found, tmp_path)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.engine import end_tokens
+from actors.end_tokens import end_tokens
 from actors.language_model import load_causal_model
 from cluster.data import DataSettings, Encoder
 from cluster.data_files import BadRow

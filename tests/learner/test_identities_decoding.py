@@ -110,6 +110,8 @@ def test_law_distance_and_win_rate_are_those_of_all_samples(ties: bool) -> None:
 def test_the_bounds_hold_are_reached_without_ties_and_are_loose_with_them() -> None:
     p = EnumerableLM(torch.zeros(1365, 4, dtype=torch.float64)).probs().numpy()  # 4096 alike
     untied, tied = distinct_reward(FIXED, 3).numpy(), coverage_reward(FIXED).numpy()
+    for one in (untied, tied):
+        assert f"{best_of_n_kl(p, one, 1):.3f}" == "0.000"  # and no rounded number below 0
     for n in (2, 8, 64):
         near, far = best_of_n_kl(p, untied, n), best_of_n_kl(p, tied, n)
         # A response of 4096 is not infinitely small: what is missing is of the order of n/4096.

@@ -123,3 +123,23 @@ def test_it_is_built_from_its_table_and_bad_tables_are_refused(
     per_token = RewardSettings.model_validate({"kind": "exact", "per_token": True})
     with pytest.raises(ValueError, match="per_token"):
         check_rewards([per_token], None)
+
+
+def test_a_policy_that_ends_with_another_token_is_read_with_that_one(folders: tuple[Path, Path]) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    ids = [*tokenizer("ab>")["input_ids"], *tokenizer("ba", add_special_tokens=False)["input_ids"]]
+    reward = LogRatioReward("ratio", *folders)
+    reward.load(PLACE)
+    ends = (tokenizer.eos_token_id, tokenizer.pad_token_id, 10**6)
+    requests = [RewardRequest("ab>", "ba", {}, True, (*ids, end)) for end in ends]
+    answers = reward.score([*requests, RewardRequest("ab>", "ba", {}, True)])
+    usual, other, unknown, plain = (one.components["tuned"] for one in answers if isinstance(one, Score))
+    ended = [([*ids, tokenizer.pad_token_id], 3)]
+    law = sequence_logprobs(reward._models["path"], ended, micro_batch_tokens=64)
+    reward.close()
+    assert other == pytest.approx(law[0], abs=1e-5)
+    assert abs(other - usual) > 1e-3
+    assert usual == pytest.approx(plain, abs=1e-5)
+    assert unknown == pytest.approx(plain, abs=1e-5)
