@@ -9,6 +9,7 @@ from typing import Any
 
 from actors.end_tokens import end_tokens
 from cluster.data_files import BadRow
+from rewards.models.foreign import render
 
 Message = dict[str, Any]
 
@@ -86,12 +87,10 @@ def turn_end(tokenizer: Any) -> int:
     end = int(tokenizer.eos_token_id)
     if not tokenizer.chat_template:
         return end
-    from jinja2 import TemplateError
-
     talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _REPLY}]
     try:
-        text = str(tokenizer.apply_chat_template(talk, tokenize=False))
-    except (TemplateError, TypeError, ValueError):
+        text = render(tokenizer, talk, generation_prompt=False)
+    except ValueError:
         return end  # it is refused with its reason where a prompt is rendered
     after = text.rpartition(_REPLY)[2]
     folder = Path(str(tokenizer.name_or_path))

@@ -75,8 +75,8 @@ class TemplateRefusedError(ValueError):
     """A chat template that makes no text of these messages; the message says why."""
 
 
-def render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    """The text that a tokenizer's chat template makes of messages, with the generation prompt at its end.
+def render(tokenizer: Any, messages: list[dict[str, Any]], *, generation_prompt: bool = True) -> str:
+    """The text that a tokenizer's chat template makes of messages, by default with the generation prompt.
 
     A template is a program from the model's folder. transformers runs it in jinja's sandbox, where it can
     reach no file and no Python object, but it can divide by zero, call itself without end, ask for more
@@ -84,7 +84,11 @@ def render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
     """
     try:
         with _deadline(_RENDER_S):
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            text = str(
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=generation_prompt
+                )
+            )
         text.encode()  # half a surrogate pair is no text that could become tokens
     except _OverdueError:
         raise ValueError(
