@@ -145,6 +145,8 @@ class Encoder:
             raise BadRow("empty completion", "only white space")
         ids = self._encode(value, special=False)
         end = self.turn_end if self._templated(row) else self.end
+        if end in ids[:-1]:
+            raise BadRow("end token inside", "no response that is sampled goes on after its end token")
         if not finished or end is None or ids[-1] == end:  # some rows bring their end token as text
             return ids
         return (*ids, int(end))

@@ -120,10 +120,13 @@ def test_conversations_that_demonstrate_nothing_are_put_aside(tmp_path: Path, to
         {"messages": [*TALK[:3], {"role": "assistant", "content": None}]},
         {"messages": "hi"},
         {"prompt": "hi", "completion": [{"role": "user", "content": "ho"}]},
+        {"prompt": "hi", "completion": "ho<end>and<end>"},
     ]
     pairs, quarantine = read(tmp_path, tokenizer, rows)
     assert len(pairs) == 1
-    assert [line for line, _ in put_aside(quarantine)] == [2, 3, 4, 5, 6, 7]
+    found = put_aside(quarantine)
+    assert [line for line, _ in found] == [2, 3, 4, 5, 6, 7, 8]
+    assert found[-1][1] == "end token inside"
 
 
 def test_prompts_of_reinforcement_come_from_conversations_too(tmp_path: Path, tokenizer: Any) -> None:
