@@ -17,6 +17,7 @@ from cluster.data_files import BadRow, Quarantine, Reading, read_rows
 from cluster.data_settings import DEFAULT_HELDOUT_FRACTION, DataSettings
 from cluster.prompt_cursor import PromptCursor
 from rewards.models.foreign import TemplateRefusedError, render
+from rewards.models.text import tokens_after
 
 __all__ = [
     "Counts",
@@ -68,7 +69,7 @@ _CONVERSATIONS = ("messages", "conversations")
 class Encoder:
     """Turns the values of a row into tokens, or raises BadRow with the reason why it cannot.
 
-    A text without a template is encoded with the special tokens that the tokenizer itself adds (a BOS, for
+    A text without a template is encoded with the special tokens that the tokenizer puts before it (a BOS, for
     many); a templated prompt and a completion are encoded without, as the template writes its own. A
     completion ends with `end`, after a templated prompt with `turn_end`.
     """
@@ -79,6 +80,7 @@ class Encoder:
     unknown: frozenset[int] = field(init=False)
     end: int | None = field(init=False)
     turn_end: int | None = field(init=False)
+    after: int = field(init=False)
 
     def __post_init__(self) -> None:
         if self.settings.apply_chat_template == "always" and not self.tokenizer.chat_template:
@@ -95,6 +97,7 @@ class Encoder:
             turn = turn_end(known)
         object.__setattr__(self, "end", end)
         object.__setattr__(self, "turn_end", turn)
+        object.__setattr__(self, "after", tokens_after(known))
 
     def source(self, row: Mapping[str, Any]) -> Any:
         """The prompt's column; of a whole conversation what comes before the assistant's last message."""
@@ -123,7 +126,8 @@ class Encoder:
             if self._template_for_text():
                 messages = [{"role": "user", "content": value}]
                 return self._encode(self._render(messages), special=False), value
-            return self._encode(value, special=True), value
+            ids = self._encode(value, special=True)
+            return ids[: len(ids) - self.after], value
         if isinstance(value, list):
             text = self._render(check_messages(value))
             return self._encode(text, special=False), text
@@ -146,6 +150,8 @@ class Encoder:
             raise BadRow("empty completion", "only white space")
         ids = self._encode(value, special=False)
         end = self.turn_end if self._templated(row) else self.end
+        if end in ids[:-1]:
+            raise BadRow("end token inside", "no response that is sampled goes on after its end token")
         if not finished or end is None or ids[-1] == end:  # some rows bring their end token as text
             return ids
         return (*ids, int(end))

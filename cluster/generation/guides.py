@@ -43,8 +43,8 @@ def reward_guide(
     if card.kind != "transformer" or not card.text.end_token:
         return spec
     tokenizer = load_tokenizer(member_folder(folder, 0, card.members))
-    if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        return spec
+    if not policy.tokenizer.get_vocab().items() <= tokenizer.get_vocab().items():
+        return spec  # it may have more tokens: one for padding is added to a policy's that has none
     reads, writes = (
         load_model_config(field, place).get_text_config().vocab_size
         for field, place in (

@@ -1,12 +1,13 @@
 """What a user may set about preference data (the `[preferences]` table). No heavy imports here."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from rewards.settings import Settings
 
 DEFAULT_HELDOUT_FRACTION = 0.1
+OPTIONAL_COLUMNS = ("margin_column", "weight_column", "annotator_column", "subset_column", "finished_column")
 _OPTIONAL = "read where a row has it; if you set this, every row must; empty: never read"
 
 
@@ -136,6 +137,15 @@ class PreferenceSettings(Settings):
                 "preferences.choice_first and preferences.choice_second: what it holds where the first, and "
                 "where the second response is better"
             )
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the optional columns that nobody named: what is written and read again names them."""
+        return {
+            name: value
+            for name, value in handler(self).items()
+            if name not in OPTIONAL_COLUMNS or name in self.model_fields_set
+        }
 
     def required(self, field: str) -> bool:
         """Whether the user named this optional column, so that every row must have it."""

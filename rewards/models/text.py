@@ -2,8 +2,8 @@
 
 A prompt is a text or a list of chat messages, and becomes tokens as it does for a policy: chat messages and,
 where the tokenizer has a template, texts go through the template with the generation prompt at its end; other
-texts get the special tokens that the tokenizer adds. The response follows without any, and the end token
-after it if it is finished.
+texts get the special tokens that the tokenizer puts before them. The response follows without any, and the
+end token after it if it is finished.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,6 +35,18 @@ class Encoded:
     length: int
 
 
+def tokens_after(tokenizer: Any) -> int:
+    """How many special tokens the tokenizer puts after a text: 1 where it ends each with its end token.
+
+    A prompt must go on, so they do not belong to it.
+    """
+    text = "a"
+    plain, whole = (list(tokenizer(text, add_special_tokens=wanted)["input_ids"]) for wanted in (False, True))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+    start = next(starts, None)
+    return 0 if start is None or not plain else len(whole) - start - len(plain)
+
+
 class RewardEncoder:
     """Makes tokens for a reward model; raises EncodingError for what it cannot encode whole."""
 
@@ -54,6 +66,7 @@ class RewardEncoder:
         # Some tokenizers name an end or padding token as their unknown one: that says nothing of a text.
         others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, None}
         self._unknown = frozenset({tokenizer.unk_token_id} - others)
+        self._after = tokens_after(tokenizer)
         self._latest: tuple[PromptValue, list[int]] | None = None
 
     def encode(self, prompt: PromptValue, completion: str, finished: bool) -> list[int]:
@@ -88,7 +101,8 @@ class RewardEncoder:
                 raise EncodingError("empty prompt", "only white space")
             if wanted == "always" or (wanted == "auto" and template):
                 return self._ids(self._render([{"role": "user", "content": prompt}]), special=False)
-            return self._ids(prompt, special=True)
+            ids = self._ids(prompt, special=True)
+            return ids[: len(ids) - self._after]
         messages = [dict(one) for one in prompt if isinstance(one, Mapping)]
         if not messages or len(messages) != len(prompt):
             raise EncodingError("wrong type", f"the prompt is {prompt!r:.60}, not a text or chat messages")

@@ -120,10 +120,13 @@ def test_conversations_that_demonstrate_nothing_are_put_aside(tmp_path: Path, to
         {"messages": [*TALK[:3], {"role": "assistant", "content": None}]},
         {"messages": "hi"},
         {"prompt": "hi", "completion": [{"role": "user", "content": "ho"}]},
+        {"prompt": "hi", "completion": "ho<end>and<end>"},
     ]
     pairs, quarantine = read(tmp_path, tokenizer, rows)
     assert len(pairs) == 1
-    assert [line for line, _ in put_aside(quarantine)] == [2, 3, 4, 5, 6, 7]
+    found = put_aside(quarantine)
+    assert [line for line, _ in found] == [2, 3, 4, 5, 6, 7, 8]
+    assert found[-1][1] == "end token inside"
 
 
 def test_prompts_of_reinforcement_come_from_conversations_too(tmp_path: Path, tokenizer: Any) -> None:
@@ -133,3 +136,20 @@ def test_prompts_of_reinforcement_come_from_conversations_too(tmp_path: Path, to
     assert encoder.source(row) == TALK[:3]
     assert encoder.source({"messages": TALK[:3]}) == TALK[:3]
     assert tokenizer.decode(encoder.prompt(row)[0]).endswith("<turn>uand<end><turn>a")
+
+
+def test_a_prompt_has_no_token_that_the_tokenizer_puts_after_texts(tmp_path: Path, tokenizer: Any) -> None:
+    from tokenizers import processors
+
+    from rewards.models.card import TextFormat
+    from rewards.models.text import RewardEncoder
+
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 0)]
+    )
+    assert tokenizer.decode(tokenizer("hi")["input_ids"]) == "<bos>hi<eos>"
+    rows = [{"prompt": "hi", "completion": "ho"}]
+    ((prompt, completion),), _ = read(tmp_path, tokenizer, rows, apply_chat_template="never")
+    assert tokenizer.decode([*prompt, *completion]) == "<bos>hiho<eos>"
+    encoder = RewardEncoder(tokenizer, TextFormat(max_length=9, apply_chat_template="never"))
+    assert tokenizer.decode(encoder.encode("hi", "ho", True)) == "<bos>hiho<eos>"

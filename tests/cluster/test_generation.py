@@ -238,7 +238,8 @@ def test_a_reward_model_with_the_policys_tokens_is_asked_token_by_token(
     tmp_path: Path, options: Callable[..., Any]
 ) -> None:
     same = save_reward_model(tmp_path / "same", alphabet=ALPHABET)
-    other = save_reward_model(tmp_path / "other", alphabet=ALPHABET + "z")
+    more = save_reward_model(tmp_path / "more", alphabet=ALPHABET + "z")  # after the policy's own
+    other = save_reward_model(tmp_path / "other", alphabet=ALPHABET + "A")  # among them
     short = save_reward_model(tmp_path / "short", alphabet=ALPHABET, max_length=10)
     narrow = save_reward_model(
         tmp_path / "narrow", alphabet=ALPHABET
@@ -246,14 +247,19 @@ def test_a_reward_model_with_the_policys_tokens_is_asked_token_by_token(
     member = json.loads((narrow / "config.json").read_text(encoding="utf-8"))
     (narrow / "config.json").write_text(json.dumps(member | {"vocab_size": member["vocab_size"] - 1}))
     kinds = {}
-    for folder in (same, other, narrow):
+    for folder in (same, more, other, narrow):
         config, judges = read_settings(options("--reward-model", folder, "--max-new-tokens", 8), 1)
         opened = open_policy(config)
         found = read_prompts(config, opened, Quarantine(tmp_path / "q.jsonl"))
         spec = reward_guide(config, judges, opened, found, tmp_path)
         kinds[folder.name] = spec.kind
         assert spec.ends == [2]
-    assert kinds == {"same": "reward_tokens", "other": "reward_text", "narrow": "reward_text"}
+    assert kinds == {
+        "same": "reward_tokens",
+        "more": "reward_tokens",
+        "other": "reward_text",
+        "narrow": "reward_text",
+    }
     config, judges = read_settings(options("--reward-model", short, "--max-new-tokens", 8), 1)
     with pytest.raises(ValueError, match="reads 10 tokens at most, and the longest prompt has 5"):
         reward_guide(config, judges, opened, found, tmp_path)

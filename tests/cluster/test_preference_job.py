@@ -99,6 +99,22 @@ def test_the_objective_says_whose_table_there_is(tmp_path: Path) -> None:
     assert parse(tmp_path, 'objective="kto"', "kto.beta=0.3").method == KTOSettings(beta=0.3)
 
 
+def test_what_a_run_writes_down_is_the_same_job_again(tmp_path: Path) -> None:
+    """Columns that nobody named are not required of the rows when the file is given to another run."""
+    config = parse(tmp_path)
+    again = parse_job(dump_config(config))
+    write_rows(tmp_path / "rows.jsonl", make_pairs(24))
+    (tmp_path / "run").mkdir()
+    assert isinstance(again, PreferenceJobConfig)
+    assert len(prepare_preference_job(again, tmp_path / "run").data.train) > 0
+    named = parse_job(dump_config(parse(tmp_path, 'preferences.weight_column="weight"')))
+    assert isinstance(named, PreferenceJobConfig)
+    assert named.preferences.required("weight_column")
+    scores = [f'preferences.{side}_score_column="{side}_score"' for side in ("chosen", "rejected")]
+    scored = parse(tmp_path, "dpo.margin=true", *scores)
+    assert parse_job(dump_config(scored)) == scored
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
