@@ -91,7 +91,7 @@ def test_weights_are_relative_and_sequences_may_be_shared() -> None:
     assert loss_of({"centring": 0.0}, scores, weight=relative_weights([0.0, 0.0]), **pairs) == 0.0
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
+@pytest.mark.parametrize("scale", [1e-300, 0.01, 1.0, 50.0, 8e307])
 def test_what_a_pair_counts_does_not_hang_on_its_batch(scale: float) -> None:
     """Weights 0, 1, 2, of mean 1, in batches of one: losses 0·log 2, 1·log 2, 2·(−log ¾), whatever the scale.
 
