@@ -75,8 +75,12 @@ def relative_weights(weight: Sequence[float]) -> list[float]:
     The scale of weights then has no effect, and what a pair counts does not hang on the batch that it falls
     into: a batch of light pairs moves the model little, as it should.
     """
-    mean = math.fsum(weight) / len(weight)
-    return [one / mean if mean else 0.0 for one in weight]
+    largest = max(weight)
+    if not largest:
+        return [0.0] * len(weight)
+    parts = [one / largest for one in weight]  # so that no sum of them is too large for a float
+    mean = math.fsum(parts) / len(parts)
+    return [part / mean for part in parts]
 
 
 def head_seed(seed: int, member: int) -> int:

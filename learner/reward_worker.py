@@ -147,7 +147,7 @@ class RewardLearner(LearnerRank):
         job = self._job
         self._member, self._updates, self._engine = member, 0, None
         gc.collect()  # the member before is gone before this one needs its room
-        weight = list(self._data.weight)
+        weight = relative_weights(self._data.weight)
         if job.reward.bootstrap:
             drawn = bootstrap_weights(self._data.prompt, seed=job.seed, member=member)
             weight = [a * b for a, b in zip(weight, drawn, strict=True)]

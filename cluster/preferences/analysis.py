@@ -40,6 +40,7 @@ def analyse(table: LabelTable) -> Findings:
         ],
         self_contradictions=sum(_by_one(table, one) for one in contradictions),
         agreement=agreed,
+        unnamed=_unnamed(table),
         triads=int(pooled.complete.sum()),
         cycles=pooled.rate,
         cycles_within_annotators=within.rate,
@@ -76,6 +77,19 @@ def _agreement(table: LabelTable) -> Agreement:
         pairs.append((table.prompt_of(places[0]), sum(signs), len(signs) - sum(signs)))
     counts = np.array(pairs, np.int64).reshape(-1, 3)
     return agreement(counts[:, 0], counts[:, 1], counts[:, 2])
+
+
+def _unnamed(table: LabelTable) -> Agreement:
+    """Agreement of the rows of nobody named, copies counted as labels: at least as much as there is."""
+    of = table.annotator == 0
+    prompt, chosen, rejected = table.prompt[of], table.chosen[of], table.rejected[of]
+    pair = np.stack([prompt, np.minimum(chosen, rejected), np.maximum(chosen, rejected)])
+    _, first, place = np.unique(pair, axis=1, return_index=True, return_inverse=True)
+    rows, forward = table.copies[of], chosen < rejected
+    counts = (
+        np.bincount(place.ravel(), rows * side, len(first)).astype(np.int64) for side in (forward, ~forward)
+    )
+    return agreement(prompt[first], *counts)
 
 
 def _expected_cycles(agreed: Agreement) -> tuple[float, float] | None:

@@ -79,10 +79,11 @@ def _in_order(row: Mapping[str, Any], settings: PreferenceSettings) -> Mapping[s
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of whole numbers with gaps is often saved as fractions
     choice = json.dumps(value) if isinstance(value, bool) else str(value).strip()
-    if choice == settings.choice_first:
+    first_better, second_better = settings.choices
+    if choice == first_better:
         return row
-    if choice != settings.choice_second:
-        wanted = f"neither {settings.choice_first!r} nor {settings.choice_second!r}"
+    if choice != second_better:
+        wanted = f"neither {first_better!r} nor {second_better!r}"
         raise BadRow("no choice", f"{settings.choice_column!r} is {choice[:40]!r}, {wanted}")
     turned = dict(row)
     for first, second in (

@@ -115,12 +115,17 @@ class LabelTable:
         return np.array(self._annotator, np.int64)
 
     @property
+    def copies(self) -> Ints:
+        """(N,) how many rows had each label."""
+        return np.array(self._copies, np.int64)
+
+    @property
     def votes(self) -> Ints:
         """(N,) how many rows each counts for in a dispute: those of nobody named all count.
 
         A named annotator's second row of the same kind is a copy, not a second opinion.
         """
-        return np.where(self.annotator == 0, np.array(self._copies, np.int64), 1)
+        return np.where(self.annotator == 0, self.copies, 1)
 
     def prompt_of(self, place: int) -> int:
         """The number of one label's prompt."""

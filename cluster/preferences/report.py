@@ -12,6 +12,7 @@ LINES_SHOWN = 50  # lines named a reason; quarantine.jsonl has all of them
 ENOUGH_TRIADS = 30
 ENOUGH_REPEATED = 20
 LENGTH_WARNING = 0.55
+FEW_CONTRADICTORY, MANY_CONTRADICTORY = 0.05, 1 / 3  # of all pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Findings:
     contradictory_lines: list[tuple[int, int]]
     self_contradictions: int
     agreement: Agreement
+    unnamed: Agreement
     triads: int
     cycles: Share
     cycles_within_annotators: Share
@@ -114,6 +116,11 @@ class Findings:
                 f"Labels of the same pair agree in {self.agreement.raw}, no more than coin flips (50 %) do: "
                 "there may be nothing to learn."
             )
+        if self._unnamed_disagree():
+            yield (
+                f"Rows without an annotator, of pairs that stand in several, agree in {self.unnamed.raw}, "
+                "copies counted: no more than coin flips (50 %) do. There may be nothing to learn."
+            )
         if self.triads >= ENOUGH_TRIADS and self.cycles.high >= CHANCE:
             yield (
                 f"Cycles among three responses are as frequent as coin flips make them ({self.cycles}; by "
@@ -144,6 +151,17 @@ class Findings:
                     f"Annotator {check.name!r} agrees with the others in only {check.agrees} of "
                     f"{check.agrees.units} comparisons: the labels may be reversed."
                 )
+
+    def _unnamed_disagree(self) -> bool:
+        """Whether rows of nobody named agree like coin flips or less, in no small part of the file.
+
+        Less than coin flips is also what is left where copies were taken out before. Then pairs in both
+        orders say little, unless they are many.
+        """
+        low, high = self.unnamed.alpha_low, self.unnamed.alpha_high
+        if self.unnamed.pairs < ENOUGH_REPEATED or low is None or high is None:
+            return False
+        return low <= 0 and self.contradictory.low > (FEW_CONTRADICTORY if high >= 0 else MANY_CONTRADICTORY)
 
     def warnings(self) -> Iterator[str]:
         """What may be learned from the labels instead of quality."""

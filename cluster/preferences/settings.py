@@ -65,8 +65,8 @@ class PreferenceSettings(Settings):
         description="Column that says which of two responses is better, where rows do not have them in "
         "order: columns that are named chosen or rejected are then of the first or the second response.",
     )
-    choice_first: str = Field("", description="What `choice_column` holds where the first is better.")
-    choice_second: str = Field(
+    choice_first: str | int = Field("", description="What `choice_column` holds where the first is better.")
+    choice_second: str | int = Field(
         "",
         description="What it holds where the second is better; rows with anything else, such as a tie, are "
         "put aside.",
@@ -123,15 +123,20 @@ class PreferenceSettings(Settings):
             )
         return self
 
+    @property
+    def choices(self) -> tuple[str, str]:
+        """What `choice_column` holds where the first, and where the second response is better."""
+        return str(self.choice_first), str(self.choice_second)
+
     def _check_choice(self) -> None:
         if not self.choice_column:
             for name in ("choice_first", "choice_second"):
-                if getattr(self, name):
+                if getattr(self, name) != "":
                     raise ValueError(
                         f"preferences.{name} = {getattr(self, name)!r} says what preferences.choice_column "
                         "holds, and there is none: name it too"
                     )
-        elif not self.choice_first or not self.choice_second or self.choice_first == self.choice_second:
+        elif len({"", *self.choices}) < 3:
             raise ValueError(
                 f"preferences.choice_column = {self.choice_column!r} needs two different values, in "
                 "preferences.choice_first and preferences.choice_second: what it holds where the first, and "

@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from rewards.models.transformer import choose_padding
 from rewards.preferences.records import Preference
 
 TRAIN, HELDOUT = "train", "heldout"
+_ENCODE_AT_ONCE = 256  # pairs
 
 
 @dataclass(slots=True)
@@ -77,8 +78,8 @@ class RewardInputs:
     def fingerprint(self) -> str:
         """SHA-256 of what is trained on, by which a resume knows its data."""
         data = self.data
-        digest = hashlib.sha256(data.sequences.tokens.tobytes())
-        digest.update(data.sequences.starts.tobytes())
+        digest = hashlib.sha256(data.sequences.tokens.data)
+        digest.update(data.sequences.starts.data)
         rest = (data.chosen, data.rejected, data.margin, data.weight, data.prompt)
         digest.update(json.dumps(rest).encode())
         return digest.hexdigest()
@@ -184,8 +185,8 @@ class SequenceTable:
 
     @property
     def sequences(self) -> Sequences:
-        """All of them, by number."""
-        return Sequences(np.array(self._tokens, dtype=np.int32), np.array(self._starts, dtype=np.int64))
+        """All of them, by number, without a copy: while they are in use no more can be added."""
+        return Sequences(np.frombuffer(self._tokens, np.int32), np.frombuffer(self._starts, np.int64))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -201,15 +202,9 @@ class SequenceTable:
     ) -> PairSet:
         """Encode the pairs; what the model cannot read whole goes into quarantine."""
         result = PairSet()
-        for pair in pairs:
+        for pair, encoded in self._encoded(pairs):
             try:
-                chosen, rejected = (
-                    self._encoder.encode_item((pair.prompt, response, finished))
-                    for response, finished in (
-                        (pair.chosen, pair.chosen_finished),
-                        (pair.rejected, pair.rejected_finished),
-                    )
-                )
+                chosen, rejected = (_or_raise(one) for one in encoded)
                 if chosen.ids == rejected.ids:
                     raise EncodingError("identical", "both responses are the same tokens")
                 gold = _gold(pair, evaluation)
@@ -227,12 +222,36 @@ class SequenceTable:
                 result.gold.append(gold)
         return result
 
+    def _encoded(
+        self, pairs: Sequence[Preference]
+    ) -> Iterator[tuple[Preference, list[Encoded | EncodingError]]]:
+        """Each pair with its chosen and its rejected sequence, encoded many at a time."""
+        for start in range(0, len(pairs), _ENCODE_AT_ONCE):
+            part = pairs[start : start + _ENCODE_AT_ONCE]
+            items = [
+                (pair.prompt, response, finished)
+                for pair in part
+                for response, finished in (
+                    (pair.chosen, pair.chosen_finished),
+                    (pair.rejected, pair.rejected_finished),
+                )
+            ]
+            found = self._encoder.encode_items(items)
+            for place, pair in enumerate(part):
+                yield pair, found[2 * place : 2 * place + 2]
+
     def _number(self, one: Encoded) -> int:
         number = self._numbers.setdefault((sequence_key(one.ids), one.length), len(self._numbers))
         if number == len(self._starts) - 1:
             self._tokens.extend(one.ids)
             self._starts.append(len(self._tokens))
         return number
+
+
+def _or_raise(found: Encoded | EncodingError) -> Encoded:
+    if isinstance(found, EncodingError):
+        raise found
+    return found
 
 
 def _gold(pair: Preference, evaluation: EvaluationSettings) -> tuple[float, float] | None:

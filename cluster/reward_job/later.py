@@ -7,6 +7,7 @@ pairs. Label some of it and see what the model is worth there.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -71,6 +72,7 @@ def run_evaluate_reward(options: argparse.Namespace) -> int:
     table = SequenceTable(model.encoder)
     with quarantine_beside(options.out) as quarantine:
         sets = [_read(file, settings, model, table, quarantine) for file in options.pairs]
+        quarantine.announce(lambda text: print(text, file=sys.stderr))
     sequences = table.sequences
     raw = model.raw([sequences[number] for number in range(len(sequences))])
     found = _measure(model, raw, table.lengths, sets, options.seed)
@@ -84,7 +86,7 @@ def _settings(options: argparse.Namespace) -> LaterSettings:
     tables: dict[str, Any] = {"preferences": {"train": options.pairs[0]}}
     for override in options.overrides:
         apply_override(tables, override)
-    found: LaterSettings = validated(LaterSettings, tables, "headrace")
+    found: LaterSettings = validated(LaterSettings, tables, "--set")
     columns = [name for name in found.evaluation.columns if name not in found.preferences.keep_columns]
     kept = [*found.preferences.keep_columns, *columns]
     return found.model_copy(

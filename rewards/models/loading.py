@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rewards.models.card import RewardCard, member_folder, read_card
 from rewards.models.embedding import BACKBONE, EmbeddingScorer
-from rewards.models.text import Encoded, Item, RewardEncoder
+from rewards.models.text import Encoded, EncodingError, Item, RewardEncoder
 from rewards.models.transformer import TransformerScorer, load_tokenizer
 from rewards.preferences.ensembles import combine, disagreement, standardise
 
@@ -68,7 +68,11 @@ class RewardModel:
 
     def encode(self, items: Sequence[Item]) -> list[Encoded]:
         """Tokens of each item; EncodingError (a ValueError) for one that the model cannot read whole."""
-        return [self._encoder.encode_item(item) for item in items]
+        encoded = self._encoder.encode_items(items)
+        for one in encoded:
+            if isinstance(one, EncodingError):
+                raise one
+        return [one for one in encoded if isinstance(one, Encoded)]
 
     def score(self, items: Sequence[Item]) -> RewardScores:
         """The reward of each (prompt, response, finished); a prompt is a text or a list of chat messages."""

@@ -6,7 +6,7 @@ texts get the special tokens that the tokenizer puts before them. The response f
 end token after it if it is finished.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from rewards.models.foreign import TemplateRefusedError, render
 PromptValue = str | Sequence[Mapping[str, Any]]
 Item = tuple[PromptValue, str, bool]
 """A prompt, a response, and whether the response is finished (and not cut off)."""
+Text = tuple[str, bool]
+"""A text, and whether it gets the special tokens that the tokenizer adds."""
 
 
 class EncodingError(ValueError):
@@ -67,7 +69,7 @@ class RewardEncoder:
         others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, None}
         self._unknown = frozenset({tokenizer.unk_token_id} - others)
         self._after = tokens_after(tokenizer)
-        self._latest: tuple[PromptValue, list[int]] | None = None
+        self._latest: tuple[PromptValue, Text] | None = None
 
     def encode(self, prompt: PromptValue, completion: str, finished: bool) -> list[int]:
         """Token ids of the prompt, the response, and the end token if it is finished."""
@@ -75,41 +77,65 @@ class RewardEncoder:
 
     def encode_item(self, item: Item) -> Encoded:
         """The same, with the response's length, which length corrections need."""
-        prompt, completion, finished = item
-        if (
-            self._latest is None or self._latest[0] != prompt
-        ):  # the responses to a prompt mostly come together
-            self._latest = (prompt, self._prompt(prompt))
-        ids = self._latest[1]
-        response = self._ids(completion, special=False)
+        (found,) = self.encode_items([item])
+        if isinstance(found, EncodingError):
+            raise found
+        return found
+
+    def encode_items(self, items: Sequence[Item]) -> list[Encoded | EncodingError]:
+        """Many at once, which uses all cores; in place of one that cannot be encoded stands why not."""
+        prompts = [self._prompt(prompt) for prompt, _, _ in items]
+        texts = [(completion, False) for _, completion, _ in items]
+        ids = self._ids([*texts, *(one for one in prompts if not isinstance(one, EncodingError))])
+        return [
+            prompt if isinstance(prompt, EncodingError) else self._joined(ids[prompt], ids[text], finished)
+            for prompt, text, (_, _, finished) in zip(prompts, texts, items, strict=True)
+        ]
+
+    def _joined(
+        self, prompt: list[int] | None, response: list[int] | None, finished: bool
+    ) -> Encoded | EncodingError:
+        """The whole sequence, from the tokens of its parts or None for what has none."""
+        if prompt is None or response is None:
+            return EncodingError(
+                "unknown token", "a character that the reward model's vocabulary does not have"
+            )
         end = [int(self._tokenizer.eos_token_id)] if finished and self._text.end_token else []
-        whole = [*ids, *response, *end]
+        whole = [*prompt, *response, *end]
         if len(whole) > self._text.max_length:
-            raise EncodingError(
+            return EncodingError(
                 "over-long",
                 f"prompt and response have {len(whole)} tokens, and the reward model reads "
                 f"{self._text.max_length} at most",
             )
         if len(whole) < 2:
-            raise EncodingError("empty", "prompt and response have fewer than 2 tokens together")
+            return EncodingError("empty", "prompt and response have fewer than 2 tokens together")
         return Encoded(whole, len(response))
 
-    def _prompt(self, prompt: PromptValue) -> list[int]:
+    def _prompt(self, prompt: PromptValue) -> Text | EncodingError:
+        # The responses to a prompt mostly come together: its template is not rendered for each.
+        if self._latest is None or self._latest[0] != prompt:
+            try:
+                self._latest = (prompt, self._prompt_text(prompt))
+            except EncodingError as error:
+                return error
+        return self._latest[1]
+
+    def _prompt_text(self, prompt: PromptValue) -> Text:
         wanted, template = self._text.apply_chat_template, bool(self._tokenizer.chat_template)
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise EncodingError("empty prompt", "only white space")
             if wanted == "always" or (wanted == "auto" and template):
-                return self._ids(self._render([{"role": "user", "content": prompt}]), special=False)
-            ids = self._ids(prompt, special=True)
-            return ids[: len(ids) - self._after]
+                return self._render([{"role": "user", "content": prompt}]), False
+            return prompt, True
         messages = [dict(one) for one in prompt if isinstance(one, Mapping)]
         if not messages or len(messages) != len(prompt):
             raise EncodingError("wrong type", f"the prompt is {prompt!r:.60}, not a text or chat messages")
         if not template or wanted == "never":
             cause = "templates are off" if template else "the tokenizer has none"
             raise EncodingError("no chat template", f"chat messages need one, but {cause}")
-        return self._ids(self._render(messages), special=False)
+        return self._render(messages), False
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         system = self._text.system_prompt
@@ -120,10 +146,17 @@ class RewardEncoder:
         except TemplateRefusedError as error:
             raise EncodingError("chat template refused", str(error)) from error
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        ids = [int(i) for i in self._tokenizer(text, add_special_tokens=special)["input_ids"]]
-        if not self._unknown.isdisjoint(ids):
-            raise EncodingError(
-                "unknown token", "a character that the reward model's vocabulary does not have"
-            )
-        return ids
+    def _ids(self, texts: Iterable[Text]) -> dict[Text, list[int] | None]:
+        """Each text's tokens; None where the vocabulary does not have all of them."""
+        found: dict[Text, list[int] | None] = {}
+        distinct = list(dict.fromkeys(texts))
+        for special in (False, True):
+            part = [one for one in distinct if one[1] is special]
+            if not part:
+                continue
+            told = self._tokenizer([text for text, _ in part], add_special_tokens=special)["input_ids"]
+            after = self._after if special else 0
+            for one, ids in zip(part, told, strict=True):
+                kept = list(map(int, ids[: len(ids) - after]))
+                found[one] = kept if self._unknown.isdisjoint(kept) else None
+        return found

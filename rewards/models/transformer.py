@@ -65,8 +65,9 @@ def load_classifier(
         precision=precision,
         attention=attention,
         num_labels=1,
-        pad_token_id=pad_token_id,
     )
+    if pad_token_id is not None:  # only now: it may be a new token, for which the embeddings have yet to grow
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id
     head = getattr(model, HEAD, None)
     if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
         raise ValueError(
@@ -130,8 +131,7 @@ def _open(factory: Any, folder: Path, *, precision: str, attention: str, **setti
         with opening(f"{what}: cannot be opened"):
             config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
             for name, value in settings.items():
-                if value is not None:
-                    setattr(config, name, value)
+                setattr(config, name, value)
             _without_dropout(config)
             model, info = factory.from_pretrained(
                 str(folder),

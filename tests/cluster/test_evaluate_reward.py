@@ -63,7 +63,9 @@ def test_pairs_on_new_prompts_are_measured_and_the_drop_is_told(
     assert told["version"] == scorer.card.version
     quarantined = (tmp_path / "found.quarantine.jsonl").read_text()
     assert quarantined.count("the same prompt is trained on") == 2
-    assert "detected" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "detected" in shown.out
+    assert "warning: 2 rows were put aside (2 × in training set): see " in shown.err
 
 
 @pytest.mark.parametrize(

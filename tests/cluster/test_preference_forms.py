@@ -162,7 +162,7 @@ SHP = {
     "chosen_column": "human_ref_A",
     "rejected_column": "human_ref_B",
     "choice_column": "labels",
-    "choice_first": "1",
+    "choice_first": 1,
     "choice_second": "0",
 }
 
@@ -317,7 +317,8 @@ def test_empty_responses_can_be_kept():
         ({"chosen_column": "a", "rejected_column": "a"}, "is the chosen column too"),
         ({"choice_column": "c", "choice_first": "0"}, "choice_column = 'c' needs two different values"),
         ({"choice_column": "c", "choice_first": "0", "choice_second": "0"}, "needs two different values"),
-        ({"choice_first": "0"}, "choice_first = '0' says what .* and there is none"),
+        ({"choice_column": "c", "choice_first": "0", "choice_second": 0}, "needs two different values"),
+        ({"choice_first": 0}, "choice_first = 0 says what .* and there is none"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):

@@ -1,5 +1,6 @@
 """Preference files: duplicates, contradictions, the split by prompt, and what the report says of them."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -211,6 +212,27 @@ def test_rows_of_nobody_named_vote_though_copies_are_put_aside(tmp_path):
     assert data.report.findings.agreement.pairs == 0  # whether they are opinions or copies is not known
 
 
+@pytest.mark.parametrize(
+    ("repeated", "copies", "single", "doubted"),
+    [
+        (300, 0, 40, True),  # nearly every pair stands in both orders
+        (300, 300, 4000, True),  # few do, but as many stand twice in one: coin flips
+        (300, 0, 4000, False),  # none stands twice in one: copies were taken out before
+        (100, 300, 0, False),
+    ],
+)
+def test_rows_of_nobody_named_that_contradict_each_other_are_a_doubt(
+    tmp_path, repeated, copies, single, doubted
+):
+    rows = [pair(f"single {i}", "good", "bad") for i in range(single)]
+    rows += [pair(f"both {i}", *order) for i in range(repeated) for order in ("ab", "ba")]
+    rows += [pair(f"copy {i}", "good", "bad") for i in range(copies) for _ in range(2)]
+    report = load(tmp_path, rows, contradictions="keep")[0].report
+    assert report.findings.unnamed.pairs == repeated + copies
+    told = [text for text in report.doubts if "without an annotator" in text]
+    assert len(told) == len(report.doubts) == doubted
+
+
 def test_rows_of_nobody_named_are_one_opinion_beside_named_ones(tmp_path):
     rows = [
         *FILLING,
@@ -341,7 +363,8 @@ def test_a_file_joined_to_itself_does_not_make_ordinary_noise_a_doubt(tmp_path):
     rows = compared(60, 4, lambda _, i, j, __: (i < j) == (rng.random() < 0.8))
     once, twice = load(tmp_path, rows)[0].report, load(tmp_path, rows + rows)[0].report
     assert once.findings.cycles.low > 0
-    assert twice.findings == once.findings
+    assert (once.findings.unnamed.pairs, twice.findings.unnamed.raw.value) == (0, 1.0)
+    assert dataclasses.replace(twice.findings, unnamed=once.findings.unnamed) == once.findings
     assert (once.doubts, twice.doubts) == ([], [])
 
 

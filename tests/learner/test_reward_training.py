@@ -26,7 +26,7 @@ from learner.reward_training import (
 from learner.reward_worker import RewardJob, RewardLearner, write_classifier
 from learner.settings import LearnerSettings, OptimizerSettings
 from rewards.models.settings import RewardModelSettings
-from rewards.models.transformer import load_classifier
+from rewards.models.transformer import choose_padding, load_classifier
 
 LN2 = math.log(2.0)
 
@@ -91,7 +91,7 @@ def test_weights_are_relative_and_sequences_may_be_shared() -> None:
     assert loss_of({"centring": 0.0}, scores, weight=relative_weights([0.0, 0.0]), **pairs) == 0.0
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
+@pytest.mark.parametrize("scale", [1e-300, 0.01, 1.0, 50.0, 8e307])
 def test_what_a_pair_counts_does_not_hang_on_its_batch(scale: float) -> None:
     """Weights 0, 1, 2, of mean 1, in batches of one: losses 0·log 2, 1·log 2, 2·(−log ¾), whatever the scale.
 
@@ -156,6 +156,33 @@ def test_a_saved_model_pads_on_the_right_whatever_its_tokenizer_did(tmp_path: Pa
         before = plain(**tokenizer.pad({"input_ids": rows}, return_tensors="pt")).logits[:, 0]
     np.testing.assert_allclose(padded, single, atol=1e-5)
     assert np.abs(before.numpy() - single).max() > 0.1  # the first tokenizer's padding would show
+
+
+def test_a_new_padding_token_beyond_the_embeddings_of_a_llama(tmp_path: Path) -> None:
+    """Its embeddings know which token pads, and refuse one that they do not have."""
+    from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = build_tokenizer("abcdefgh", 32)
+    tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
+    folder, size = tmp_path / "first", len(tokenizer)
+    tokenizer.save_pretrained(folder)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=size, **shape)).save_pretrained(folder)
+    pad = choose_padding(tokenizer)
+    assert (pad, len(tokenizer)) == (size, size + 1)
+    job = dataclasses.replace(
+        make_job(str(folder), micro_batch_tokens=64), pad_token_id=pad, vocabulary=len(tokenizer)
+    )
+    model = load_classifier(folder, precision="float32", device="cpu", pad_token_id=pad)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    torch.nn.init.normal_(model.score.weight)
+    write_classifier(job, model, model.state_dict(), tmp_path / "saved")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", num_labels=1)
+    with torch.no_grad():
+        ((padded,), (single,)) = (
+            plain(torch.tensor([row])).logits[0] for row in ([3, 4, 5, pad, pad], [3, 4, 5])
+        )
+    assert float(padded) == pytest.approx(float(single), abs=1e-6)
 
 
 # --- ranks and micro-batches -----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from rewards.models.card import (
 )
 from rewards.models.embedding import EmbeddingCache, RewardHead, input_statistics, sequence_key
 from rewards.models.loading import load_reward_model, scores_from_raw
-from rewards.models.text import EncodingError, RewardEncoder
+from rewards.models.text import EncodingError, Item, RewardEncoder
 from rewards.models.transformer import choose_padding, load_classifier, padded_batches
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz <>:0123456789"
@@ -264,3 +264,46 @@ def test_the_small_network_is_the_formula() -> None:
     mean, scale = input_statistics(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
     assert mean.tolist() == [2.0, 5.0]
     assert scale.tolist() == [1.0, 1.0]  # the second does not vary
+
+
+def test_many_are_encoded_in_one_call_as_one_by_one_are() -> None:
+    calls: list[int] = []
+
+    class Counting:
+        """The tokenizer, with a count of the texts of each call."""
+
+        def __init__(self, tokenizer: Any) -> None:
+            self._tokenizer = tokenizer
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._tokenizer, name)
+
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            calls.append(len(texts))
+            return self._tokenizer(texts, **options)
+
+    encoder = RewardEncoder(Counting(make_tokenizer()), TextFormat(max_length=8))
+    items: list[Item] = [
+        ("ab", "cd", True),
+        ("ab", "cd", False),
+        ("ab", "c?", True),
+        ("?", "cd", True),
+        (" ", "cd", True),
+        ("ba", "abcdabcd", True),
+        ([{"role": "user", "content": "ab"}], "cd", True),
+        ("ba", "dc", True),
+    ]
+    together = encoder.encode_items(items)
+    assert calls == [4, 3], "responses and prompts, each distinct one once"
+    for item, found in zip(items, together, strict=True):
+        if isinstance(found, EncodingError):
+            with pytest.raises(EncodingError) as error:
+                encoder.encode_item(item)
+            assert (error.value.reason, error.value.detail) == (found.reason, found.detail)
+        else:
+            assert encoder.encode_item(item) == found
+    reasons = [found.reason if isinstance(found, EncodingError) else "" for found in together]
+    assert reasons == [
+        *("", "", "unknown token", "unknown token", "empty prompt"),
+        *("over-long", "no chat template", ""),
+    ]
