@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import Any
 
 MAX_TEXT = 500  # characters of a user's exception or value that are worth reporting
+MAX_KEY = 100  # characters of the name of a number beside the reward
 REWARD_KEYS = ("reward", "score")
 
 
@@ -183,6 +184,11 @@ def result_of(value: Any) -> dict[str, Any]:
             continue
         if not isinstance(name, str) or not name:
             raise RefusedError(f"it returned a mapping with the key {shown(name)}; keys must be text")
+        if not name.isprintable() or len(name) > MAX_KEY:
+            raise RefusedError(
+                f"it returned a mapping with the key {name[:MAX_KEY]!a}; keys name metrics: at most "
+                f"{MAX_KEY} characters that can be printed"
+            )
         if is_flag(entry):
             components[name] = float(bool(entry))
         elif hasattr(entry, "__float__"):

@@ -52,6 +52,8 @@ VALUES = {
     "list": [1.0], "array": np.array([1.0, 2.0]), "huge": 10**400, "no reward": {"length": 1},
     "empty": {}, "nan inside": {"reward": 1.0, "length": math.nan}, "none inside": {"reward": None},
     "odd key": {"reward": 1.0, 3: 1.0},
+    "unprintable key": {"reward": 1.0, "a\\x1b[2J\\ud800": 1.0},
+    "long key": {"reward": 1.0, "x" * 101: 1.0},
 }
 
 def values(prompt, completion, row):
@@ -205,6 +207,8 @@ def test_numbers_and_mappings_are_taken(value_reward, name, value, extras):
         ("nan inside", "it returned a mapping whose 'length' is nan"),
         ("none inside", "it returned a mapping whose 'reward' is None (NoneType)"),
         ("odd key", "the key 3; keys must be text"),
+        ("unprintable key", r"the key 'a\x1b[2J\ud800'; keys name metrics"),
+        ("long key", f"the key '{'x' * 100}'; keys name metrics: at most 100 characters"),
         ("unknown", "it raised KeyError: 'unknown'"),
     ],
 )
