@@ -24,7 +24,7 @@ pytestmark = pytest.mark.alone
 
 # Each function is asked for by the tests below; `completion` says what to do where one name serves several.
 REWARDS = """
-import ctypes, math, os, signal, subprocess, sys, time, collections, decimal, fractions
+import ctypes, math, os, signal, subprocess, sys, time, collections, decimal, fractions, urllib.parse
 from dataclasses import dataclass
 import numpy as np
 import beside
@@ -103,6 +103,10 @@ def act(prompt, completion, row):
         return os.getpid()
     if completion == "secrets":
         return {"reward": 0, **{name: 1 for name in os.environ if name.startswith("HR_")}}
+    if completion.startswith("tell"):
+        key = os.environ["HR_JUDGE_KEY"]
+        told = {"url": urllib.parse.urlencode({"key": key}), "repr": repr(key), "cut": "x" * 490 + key}
+        raise ValueError("401 for " + told[completion.removeprefix("tell ")])
     if completion == "where":
         return float(os.getcwd() == row["cwd"] and beside.HERE == 1)
     return 1.0
@@ -377,6 +381,16 @@ def test_a_secret_that_is_named_reaches_it(load, monkeypatch):
     assert score.components == {"f": 0.0, "f/HR_JUDGE_KEY": 1.0}
     with pytest.raises(ValueError, match=r"scoring\.reward_env names 'HR_UNSET_KEY', which is not set"):
         load("my_rewards.py:act", environment=["HR_UNSET_KEY"])
+
+
+def test_an_error_tells_no_secret_however_it_is_spelled_or_cut(load, monkeypatch):
+    monkeypatch.setenv("HR_JUDGE_KEY", "sk-'ab+c/d=&\\äz")
+    reward = load("my_rewards.py:act", name="f", environment=["HR_JUDGE_KEY"])
+    for how, answer in zip(
+        ("url", "repr", "cut"), ask(reward, "tell url", "tell repr", "tell cut"), strict=True
+    ):
+        assert "ab" not in answer.reason.partition(" (line")[0], how
+        assert ("x" * 490 if how == "cut" else "[redacted]") in answer.reason
 
 
 def test_the_memory_limit_is_the_one_given(load):
