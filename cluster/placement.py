@@ -7,6 +7,7 @@ dashboard, gone with the run.
 import logging
 import math
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
 
 from cluster.config import ClusterSettings, JobConfig
@@ -140,6 +142,7 @@ def _connected(
 
 def _start_private_ray(settings: ClusterSettings, cores: float, keep: Sequence[str]) -> None:
     """A Ray of this job's own, which nobody on another machine, or of another user, can reach."""
+    base = Path(get_default_ray_temp_dir()).parent
     with _loopback_only(), _private_files(), _without_secrets(keep):
         ray.init(
             address="local",
@@ -150,7 +153,33 @@ def _start_private_ray(settings: ClusterSettings, cores: float, keep: Sequence[s
             log_to_driver=False,
             logging_level=logging.ERROR,
             namespace="headrace",
+            _temp_dir=str(private_folder(base) / "ray"),
         )
+
+
+def private_folder(base: Path) -> Path:
+    """A folder in `base` that only this user can enter, for Ray's sockets and logs.
+
+    Ray makes its own folders such that everybody can write there: anyone on the machine could put a link in a
+    log's place, and Ray, as root perhaps, would write to where it leads.
+    """
+    folder = base / f"headrace-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    known = folder.lstat()
+    if not stat.S_ISDIR(known.st_mode) or known.st_uid != os.getuid():
+        raise PlacementError(
+            f"{folder}: is no folder of this user's, where Ray's sockets and logs are to lie; remove it, or "
+            "set RAY_TMPDIR to a folder of your own"
+        )
+    folder.chmod(0o700)
+    return folder
+
+
+def _session_folder() -> Path | None:
+    """Where the running Ray has its sockets and logs."""
+    if not ray.is_initialized():
+        return None
+    return Path(ray._private.worker._global_node.get_session_dir_path())
 
 
 @contextmanager
@@ -250,6 +279,6 @@ def _link_logs(run_dir: Path) -> None:
     if link.is_dir() and not link.is_symlink():
         return  # the folder was copied with what the link led to: nothing that is there is deleted
     link.unlink(missing_ok=True)
-    session_dir = ray._private.worker._global_node.get_session_dir_path() if ray.is_initialized() else None
-    if session_dir:
-        link.symlink_to(Path(session_dir) / "logs")
+    session = _session_folder()
+    if session is not None:
+        link.symlink_to(session / "logs")

@@ -231,6 +231,7 @@ def load_tokenizer(model_path: Path) -> Any:
     where = f"model.path = {str(model_path)!r}"
     if unsafe := unsafe_files(model_path):
         raise ValueError(f"{where}: {unsafe}")
+    config = load_model_config("model.path", model_path)
     with opening(
         f"{where} has no tokenizer that can be loaded",
         "save one beside the model with tokenizer.save_pretrained",
@@ -241,7 +242,7 @@ def load_tokenizer(model_path: Path) -> Any:
             f"{where}: its tokenizer has no end token (eos_token), so no response could end; set one and "
             "save it"
         )
-    vocabulary = getattr(load_model_config("model.path", model_path).get_text_config(), "vocab_size", None)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if isinstance(vocabulary, int):
         refuse_tokens_beyond(where, tokenizer, vocabulary)
     return tokenizer

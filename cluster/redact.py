@@ -5,11 +5,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-HIDDEN = "[redacted]"
+from rewards.reward_child import HIDDEN, without_secrets
+
 _SECRET_NAME = re.compile(
     r"key|token(?!iz)|secret|passw|passphrase|credential|(?<![a-z])(pat|dsn|auth)(?![a-z])", re.IGNORECASE
 )
-_SHORTEST_SECRET = 8  # shorter values of the environment are everyday words
 _LOGIN_IN_URL = re.compile(r"(?P<before>\w://[^\s/@:]*:)[^\s/@]+(?=@)")
 _AUTHORIZATION = re.compile(
     r"(?P<before>authorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+)[\w.~+/=-]+", re.IGNORECASE
@@ -48,19 +48,14 @@ def scrub(text: str) -> str:
     """The text without secrets: values of environment variables that have a telling name or were named to
     `hide_variables`, passwords in addresses, and tokens in headers.
     """
-    for secret in _secrets():
-        if secret in text:
-            text = text.replace(secret, HIDDEN)
+    text = without_secrets(text, _secrets())
     if "://" in text:
         text = _LOGIN_IN_URL.sub(rf"\g<before>{HIDDEN}", text)
     return _AUTHORIZATION.sub(rf"\g<before>{HIDDEN}", text)
 
 
 def _secrets() -> Iterator[str]:
-    """The values to hide, the longest first: one may be part of another."""
-    found = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= _SHORTEST_SECRET and (name in _named or _SECRET_NAME.search(name))
-    }
-    yield from sorted(found, key=len, reverse=True)
+    """The values to hide."""
+    for name, value in os.environ.items():
+        if name in _named or _SECRET_NAME.search(name):
+            yield value

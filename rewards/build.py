@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 START_TIMEOUT_S = 120.0  # a user's module may import a large library
-RESERVED_LABELS = ("missing_eos_penalty",)
+# Names that a step logs as `reward/NAME` itself.
+RESERVED_LABELS = ("missing_eos_penalty", "mean", "std", "min", "max")
 # Names that an evaluation logs as `heldout/NAME` itself.
 HELDOUT_NAMES = (
     *("reward", "reward_errors", "kl_sequence", "kl_sequence_k3", "response_tokens", "entropy"),

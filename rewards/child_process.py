@@ -17,13 +17,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rewards.reward_child import without_secrets
+
 SCRIPT = Path(__file__).with_name("reward_child.py")
 SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
 HARMLESS = ("TOKENIZERS_PARALLELISM",)  # named like a secret, and none
 # Numerical libraries reserve address space for every thread, which the memory limit counts.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 MAX_REPLY_BYTES = 1 << 20
-_SHORTEST_SECRET = 8  # shorter values would be found in ordinary words
 WATCH_INTERVAL_S = 0.1  # a grandchild may hold the pipe open after the child's death, so look at both
 
 
@@ -51,6 +52,7 @@ class ChildProcess:
         self._setup = {
             "load": dict(load),
             "memory_bytes": memory_bytes,
+            "secrets": list(environment),
             "path": [str(directory), *(entry for entry in sys.path if entry)],
         }
         self._directory = directory
@@ -111,10 +113,7 @@ class ChildProcess:
 
     def _without_secrets(self, text: str) -> str:
         """The text without the values of the variables that were passed on."""
-        for value in (os.environ.get(name, "") for name in self._environment):
-            if len(value) >= _SHORTEST_SECRET:
-                text = text.replace(value, "[redacted]")
-        return text
+        return without_secrets(text, (os.environ.get(name, "") for name in self._environment))
 
     def close(self) -> None:
         """Kill the child and everything it started; safe to call twice."""

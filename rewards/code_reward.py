@@ -55,7 +55,7 @@ class CodeReward:
         """Run one program; ValueError means that the row cannot be graded."""
         cases = cases_of(request.row, self._settings.tests_column)
         entry_point = entry_point_of(request.row, self._settings.entry_point)
-        program = program_of(request.completion, request.finished)
+        program = program_of(request.completion, request.finished, entry_point)
         if program is None or not program.strip() or len(program) > MAX_PROGRAM:
             return self._score(0.0, None, readable=True)
         outcome = self._sandbox.run(

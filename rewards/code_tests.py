@@ -7,6 +7,8 @@ here, with data that came back, so a program can pass a test in one way only: by
 
 import json
 import math
+import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from rewards.user_function import plain
 
 FENCE = "```"
-LANGUAGES = ("", "python", "python3", "py")
+LANGUAGES = ("python", "python3", "py")
 MAX_TESTS = 256
 MAX_DEPTH = 32  # of an expected output
 REMEDY = 'tests are a list (or its JSON text) of {"input": [arguments], "output": value}'
@@ -85,28 +87,40 @@ def entry_point_of(row: Mapping[str, Any], setting: str) -> str:
     return name
 
 
-def program_of(completion: str, finished: bool) -> str | None:
-    """The program: in the last closed fence of Python, else after an open one, else the whole completion.
+def program_of(completion: str, finished: bool, entry_point: str = "") -> str | None:
+    """The program: in a closed fence of Python, else after an open one, else the whole completion.
+
+    Fences that say Python go before those that say nothing. Of several the last that defines `entry_point`
+    holds it, else the last: a program is often followed by an example of its use, or what that prints.
 
     None if the response was cut off before it gave a whole program.
     """
     blocks = completion.split(FENCE)[1:]
     closed, rest = blocks[0 : len(blocks) // 2 * 2 : 2], blocks[-1] if len(blocks) % 2 else None
-    programs = [_without_language(block) for block in closed]
-    found = [program for program in programs if program is not None]
+    fences = [_fence(block) for block in closed]
+    found = [text for language, text in fences if language in LANGUAGES]
+    found = found or [text for language, text in fences if not language]
     if found:
-        return found[-1]
+        defining = [text for text in found if entry_point and _defines(text, entry_point)]
+        return (defining or found)[-1]
     if not finished:
         return None
     if rest is not None:
-        return _without_language(rest)
+        language, text = _fence(rest)
+        return text if not language or language in LANGUAGES else None
     return None if blocks else completion
 
 
-def _without_language(block: str) -> str | None:
-    """A fence's text after its first line, if that says nothing or Python."""
-    language, _, text = block.partition("\n")
-    return text if language.strip().lower() in LANGUAGES else None
+def _fence(block: str) -> tuple[str, str]:
+    """The language that a fence's first line names, or "", and the text, as far to the left as it can be."""
+    first, _, text = block.partition("\n")
+    return " ".join(first.lower().split()[:1]), textwrap.dedent(text)
+
+
+def _defines(program: str, name: str) -> bool:
+    """Whether a line of the program's own level begins the definition of `name`."""
+    form = rf"^(?:(?:async +)?def|class) +{name}\b|^{name} *[:=]"
+    return re.search(form, program, re.MULTILINE) is not None
 
 
 # --- Answers ---------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ groups ─▶ each [[reward]] in turn ─▶ Σ weight · value, with every raw 
               └─ an error in any of them ─▶ RewardError; the later ones are not asked
 """
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +66,10 @@ class _Ledger:
         self.components[place].update({f"{label}/{k}": v for k, v in answer.components.items()})
 
 
+# The learner works in single precision, and squares rewards for their variance: (10¹⁵)² is 10³⁰ of 3·10³⁸.
+LARGEST_TOTAL = 1e15
+
+
 class CombinedReward:
     """The weighted sum of several rewards. Its components are `{label: raw value}` and `label/key` extras."""
 
@@ -100,8 +103,11 @@ class CombinedReward:
         return [ledger.errors.get(i) or self._total(*row) for i, row in enumerate(rows)]
 
     def _total(self, total: float, components: dict[str, float]) -> Score | RewardError:
-        if not math.isfinite(total):
-            return RewardError(self.label, f"the weighted sum of {components} is {total}")
+        if not abs(total) <= LARGEST_TOTAL:  # nor NaN
+            return RewardError(
+                self.label,
+                f"the weighted sum of {components} is {total:g}, beyond ±{LARGEST_TOTAL:g}; scale the reward",
+            )
         return Score(total, components)
 
     def close(self) -> None:

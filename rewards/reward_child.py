@@ -4,7 +4,7 @@ Run as a script by `rewards.child_process`, with an interpreter of its own and o
 that it starts fast and shares nothing with torch or Ray. It speaks JSON lines on copies of its standard
 input and output; the originals then point elsewhere, so that printing cannot garble an answer.
 
-    parent: {"load": ..., "memory_bytes": n, "path": [...]}
+    parent: {"load": ..., "memory_bytes": n, "path": [...], "secrets": [names of variables]}
     child:  {"ready": true} | {"error": text}
     parent: {"id": n, "args": [...]}
     child:  {"id": n, "result": ...} | {"id": n, "error": text}
@@ -24,12 +24,15 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+HIDDEN = "[redacted]"
+SHORTEST_SECRET = 8  # shorter values would be found in ordinary words
 MAX_TEXT = 500  # characters of a user's exception or value that are worth reporting
+MAX_KEY = 100  # characters of the name of a number beside the reward
 REWARD_KEYS = ("reward", "score")
 
 
@@ -50,15 +53,16 @@ def main() -> None:
     sys.path[:] = list(dict.fromkeys([*setup["path"], *sys.path]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit_address_space(setup["memory_bytes"])
+    secrets = [os.environ[name] for name in setup["secrets"] if name in os.environ]
     try:
         call = load(setup["load"])
     except BaseException as error:  # noqa: BLE001 - reported to the parent, which refuses the configuration
-        send(replies, {"error": describe(error)})
+        send(replies, {"error": describe(error, secrets)})
         return
     send(replies, {"ready": True})
     for line in requests:
         request = json.loads(line)
-        send(replies, {"id": request["id"], **answer(call, request["args"])})
+        send(replies, {"id": request["id"], **answer(call, request["args"], secrets)})
 
 
 def die_with_parent(lifeline: int) -> None:
@@ -90,12 +94,12 @@ def send(replies: Any, message: dict[str, Any]) -> None:
         data = data[replies.write(data) :]
 
 
-def answer(call: Callable[..., Any], arguments: list[Any]) -> dict[str, Any]:
+def answer(call: Callable[..., Any], arguments: list[Any], secrets: Sequence[str] = ()) -> dict[str, Any]:
     """Call it; whatever it raises, even SystemExit, becomes an error with a message."""
     try:
         return {"result": call(*arguments)}
     except BaseException as error:  # noqa: BLE001 - reported to the parent as a typed reward error
-        return {"error": describe(error)}
+        return {"error": describe(error, secrets)}
 
 
 # --- Loading ---------------------------------------------------------------------------------------------
@@ -183,6 +187,11 @@ def result_of(value: Any) -> dict[str, Any]:
             continue
         if not isinstance(name, str) or not name:
             raise RefusedError(f"it returned a mapping with the key {shown(name)}; keys must be text")
+        if not name.isprintable() or len(name) > MAX_KEY:
+            raise RefusedError(
+                f"it returned a mapping with the key {name[:MAX_KEY]!a}; keys name metrics: at most "
+                f"{MAX_KEY} characters that can be printed"
+            )
         if is_flag(entry):
             components[name] = float(bool(entry))
         elif hasattr(entry, "__float__"):
@@ -221,22 +230,44 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."
 
 
-def describe(error: BaseException) -> str:
-    """Type, message and innermost line of an exception; a refusal is its own description."""
+def spellings(secret: str) -> list[str]:
+    """How a secret may stand in a text, the longest first: plainly, quoted as in Python or JSON, in a URL."""
+    from urllib.parse import quote, quote_plus
+
+    in_address = (way(secret, safe="", errors="surrogateescape") for way in (quote, quote_plus))
+    found = {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], *in_address}
+    return sorted(found, key=len, reverse=True)
+
+
+def without_secrets(text: str, secrets: Iterable[str]) -> str:
+    """The text without these values, however they are spelled."""
+    long = {value for value in secrets if len(value) >= SHORTEST_SECRET}
+    for secret in sorted(long, key=len, reverse=True):  # one may be part of another
+        for spelling in spellings(secret):
+            text = text.replace(spelling, HIDDEN)
+    return text
+
+
+def describe(error: BaseException, secrets: Sequence[str] = ()) -> str:
+    """Type, message and innermost line of an exception; a refusal is its own description.
+
+    Secrets are hidden before a long message is cut, which would leave part of one.
+    """
     if isinstance(error, RefusedError):
-        return str(error)
+        return without_secrets(str(error), secrets)
     text = f"it raised {type(error).__name__}"
     try:
         message = str(error)
     except Exception:  # noqa: BLE001 - an exception's own __str__ is user code too
         message = "(its message cannot be shown)"
     if message:
-        text += f": {message[:MAX_TEXT]}"
+        text += f": {without_secrets(message, secrets)[:MAX_TEXT]}"
     trace = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in trace if frame.filename != __file__ and "importlib" not in frame.filename]
     if frames:
         last = frames[-1]
-        text += f" (line {last.lineno} of {last.filename}, in {last.name}: {last.line})"
+        line = without_secrets(str(last.line), secrets)
+        text += f" (line {last.lineno} of {last.filename}, in {last.name}: {line})"
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         text += "; it may need more than scoring.reward_memory_gib allows"
     return text

@@ -138,10 +138,11 @@ def install_filter(program: bytes) -> None:
 def run_program(request: dict[str, Any]) -> int:
     """Run it, call its function for each input, and write one JSON line for each call."""
     calls = request["calls"]
-    names: dict[str, Any] = {
-        "__name__": "__main__" if calls is None else "program",
-        "__builtins__": __builtins__,
-    }
+    # A module that can be found by its name, as dataclasses, pickle and typing look for it.
+    module = type(sys)("__main__" if calls is None else "program")
+    sys.modules[module.__name__] = module
+    names = vars(module)
+    names["__builtins__"] = __builtins__
     try:
         exec(compile(request["program"], "<program>", "exec"), names)  # noqa: S102 - what this process is for
         for number, arguments in enumerate(calls or ()):

@@ -12,6 +12,7 @@ from cluster.config import JobConfig
 from cluster.data import Encoder
 from cluster.data_files import BadRow, Quarantine, Reading, read_rows
 from cluster.prepare import load_model_config, load_tokenizer, longest_sequence
+from rewards.models.foreign import opening
 from rewards.models.weights import unsafe_weights
 
 
@@ -29,9 +30,13 @@ def checkpoint_folder(path: Path) -> Path:
     """A run's newest checkpoint; any other folder as it is."""
     path = path.expanduser().resolve()
     pointer = path / "checkpoints" / "latest.json"
-    if pointer.is_file():
-        return pointer.parent / str(json.loads(pointer.read_text(encoding="utf-8"))["folder"])
-    return path
+    if not pointer.is_file():
+        return path
+    with opening(f"--policy {path}: its {pointer.name} cannot be read", "name a checkpoint's folder"):
+        name = json.loads(pointer.read_text(encoding="utf-8"))["folder"]
+        if name != Path(name).name or name.startswith(".") or not (pointer.parent / name).is_dir():
+            raise ValueError(f"{name!r} is no checkpoint of this run")
+    return pointer.parent / str(name)
 
 
 def policy_folder(path: Path) -> Path:

@@ -287,6 +287,8 @@ def test_no_secret_of_the_environment_is_left_or_shown_anywhere(
                     session = link.resolve().parent
                 metrics = run_dir / "metrics.jsonl"
                 if session and "listings" not in shown and metrics.exists() and metrics.stat().st_size:
+                    # Ray lets everybody write in its own folders: nobody else must get there.
+                    assert session.parents[1].stat().st_mode & 0o777 == 0o700
                     shown["listings"] = listings(session, tmp_path / "listings")
                 time.sleep(0.2)
         finally:

@@ -278,6 +278,21 @@ def test_end_tokens_are_numbers_of_tokens(folder: Path) -> None:
     assert end_tokens(str(folder)) == {2, 5}
 
 
+@pytest.mark.parametrize("text", ['{"folder": "../.."}', '{"folder": ".."}', '{"folder": 3}', "[]", "{"])
+def test_a_runs_pointer_leads_to_its_own_checkpoints(text: str, folder: Path, tmp_path: Path) -> None:
+    pointer = tmp_path / "run" / "checkpoints" / "latest.json"
+    pointer.parent.mkdir(parents=True)
+    shutil.copytree(folder, tmp_path / "policy")  # where ../.. would lead
+    pointer.write_text(text)
+    with pytest.raises(
+        ValueError, match=r"--policy .*: its latest\.json cannot be read .*; name a checkpoint"
+    ):
+        policy_folder(tmp_path / "run")
+    shutil.copytree(folder, pointer.parent / "step_000001" / "policy")
+    pointer.write_text('{"folder": "step_000001"}')
+    assert policy_folder(tmp_path / "run") == pointer.parent / "step_000001" / "policy"
+
+
 # --- Chat templates --------------------------------------------------------------------------------------
 
 TEMPLATES = {

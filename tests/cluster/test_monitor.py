@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +219,16 @@ def test_what_is_started_inherits_no_secret_but_those_that_it_needs(monkeypatch:
 )
 def test_passwords_in_addresses_and_tokens_in_headers_are_scrubbed(text: str, clean: str) -> None:
     assert scrub(text) == clean
+
+
+@pytest.mark.parametrize("spell", [repr, json.dumps, urllib.parse.quote_plus, lambda key: f"?k={key}&x"])
+def test_a_secret_is_found_however_it_is_spelled(
+    spell: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_TOKEN", "ab+c/d='\\äz")
+    shown = scrub(f"refused: {spell(os.environ['A_TOKEN'])}")
+    assert "[redacted]" in shown
+    assert "ab" not in shown
 
 
 def test_of_two_secrets_one_within_the_other_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Who shares a GPU, what a job asks Ray for, and the seeds of its engines. No Ray is started."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from cluster.config import JobConfig
 from cluster.config_file import parse_config
 from cluster.joining import PlacementError
-from cluster.placement import colocated, needed_resources, sampler_seed, sync_backend
+from cluster.placement import colocated, needed_resources, private_folder, sampler_seed, sync_backend
 
 GOOD = """
 [model.scratch]
@@ -108,3 +109,14 @@ def test_engines_have_seeds_of_their_own() -> None:
     assert len(seeds) == 5**3
     assert all(0 <= seed < 2**32 for seed in seeds)
     assert sampler_seed(3, 1, 20) == sampler_seed(3, 1, 20)
+
+
+def test_the_folder_of_rays_sockets_and_logs_is_this_users_alone(tmp_path: Path) -> None:
+    folder = private_folder(tmp_path)
+    folder.chmod(0o777)
+    assert private_folder(tmp_path).stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to("elsewhere")
+    with pytest.raises(PlacementError, match=r"is no folder of this user's.*RAY_TMPDIR"):
+        private_folder(tmp_path)

@@ -63,6 +63,17 @@ def told(answer):
         ("1/0", 0.0, set()),
         ("def f(x) return 3*x+1", 0.0, set()),
         ("", 0.0, set()),
+        (
+            "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+            "def f(x): return 3*A(x).x+1",
+            1.0,
+            {"all_passed", "ran"},
+        ),
+        (
+            "import pickle\nclass A: pass\ndef f(x): return pickle.loads(pickle.dumps(A())) and 3*x+1",
+            1.0,
+            None,
+        ),
         ("Here it is:\n```python\ndef f(x): return 3*x+1\n```\nDone.", 1.0, {"all_passed", "ran"}),
     ],
 )
@@ -70,7 +81,7 @@ def test_the_share_of_tests_passed(reward, program, value, components):
     answer = score(reward, program)
     assert isinstance(answer, Score), answer
     assert answer.value == value
-    assert told(answer) == components
+    assert components is None or told(answer) == components
 
 
 def test_a_cut_off_program_is_not_run(reward):
@@ -304,6 +315,9 @@ def test_every_value_equals_itself_after_its_way_through_json(value):
         ("```\nx = 1\n```\nor\n```\nx = 2", True, "x = 1\n"),  # the last closed one
         ("```Python3 \nx = 1\n```", True, "x = 1\n"),
         ("```python\nx = 1\n```\nprints\n```text\n1\n```", True, "x = 1\n"),
+        ("```python\nx = 1\n```\nprints\n```\n1\n```", True, "x = 1\n"),  # one that says Python first
+        ('```python title="a.py"\nx = 1\n```', True, "x = 1\n"),
+        ("1. So:\n   ```python\n   x = 1\n   ```", True, "x = 1\n"),
         ("```json\n1\n```", True, None),
         ("so\n```python\nx = 1", True, "x = 1"),
         ("so\n```python\nx = 1", False, None),
@@ -312,6 +326,17 @@ def test_every_value_equals_itself_after_its_way_through_json(value):
 )
 def test_where_the_program_stands(completion, finished, program):
     assert program_of(completion, finished) == program
+
+
+@pytest.mark.parametrize(
+    "definition", ["def f(x):\n    return x\n", "class f: pass\n", "f = len\n", "async def f(): pass\n"]
+)
+def test_of_several_fences_the_one_with_the_function_is_the_program(definition):
+    use = "print(f(2))\nfound = f(3)\n"
+    completion = f"```python\nf = None\n```\nno:\n```python\n{definition}```\nthus:\n```python\n{use}```"
+    assert program_of(completion, True, "f") == definition
+    assert program_of(completion, True, "g") == use
+    assert program_of(completion, True) == use
 
 
 @pytest.mark.parametrize(

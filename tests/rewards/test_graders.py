@@ -238,6 +238,7 @@ def test_reward_error_survives_a_trip_between_processes():
         ([{"kind": "exact"}, {"kind": "exact"}], "reward.name = 'exact' is used twice"),
         ([{"kind": "exact", "name": "a b"}], "reward.name = 'a b'"),
         ([{"kind": "exact", "name": "missing_eos_penalty"}], "none of missing_eos_penalty"),
+        ([{"kind": "exact", "name": "mean"}], "and none of .*mean"),  # `reward/mean` is the total's
         ([{"kind": "regex"}], "reward.pattern of 'regex' is missing"),
         ([{"kind": "regex", "pattern": "("}], r"reward.pattern = '\(' is not a regular expression"),
         ([{"kind": "exact", "pattern": "x"}], "reward.pattern = 'x' of 'exact' has no effect"),
@@ -254,6 +255,23 @@ def test_settings_that_cannot_work_are_refused(tables, message):
         check_rewards([RewardSettings(**table) for table in tables], None)
     with pytest.raises(ValueError, match=message):
         build(*tables)
+
+
+def test_a_reward_that_single_precision_cannot_square_is_an_error():
+    class Huge:
+        label = "huge"
+
+        def score(self, requests):
+            return [Score(value, {}) for value in (1e14, -1e16, 1e308)]
+
+        def close(self):
+            pass
+
+    answers = CombinedReward([Part(10.0, Huge())]).score([request("x")] * 3)
+    assert answers[0] == Score(1e15, {"huge": 1e14})
+    assert [answer.reward for answer in answers[1:]] == ["reward", "reward"]
+    assert "-1e+17, beyond ±1e+15; scale the reward" in answers[1].reason
+    assert "is inf, beyond" in answers[2].reason
 
 
 def test_the_task_reward_is_the_gold_reward():

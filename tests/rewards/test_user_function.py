@@ -24,7 +24,7 @@ pytestmark = pytest.mark.alone
 
 # Each function is asked for by the tests below; `completion` says what to do where one name serves several.
 REWARDS = """
-import ctypes, math, os, signal, subprocess, sys, time, collections, decimal, fractions
+import ctypes, math, os, signal, subprocess, sys, time, collections, decimal, fractions, urllib.parse
 from dataclasses import dataclass
 import numpy as np
 import beside
@@ -52,6 +52,8 @@ VALUES = {
     "list": [1.0], "array": np.array([1.0, 2.0]), "huge": 10**400, "no reward": {"length": 1},
     "empty": {}, "nan inside": {"reward": 1.0, "length": math.nan}, "none inside": {"reward": None},
     "odd key": {"reward": 1.0, 3: 1.0},
+    "unprintable key": {"reward": 1.0, "a\\x1b[2J\\ud800": 1.0},
+    "long key": {"reward": 1.0, "x" * 101: 1.0},
 }
 
 def values(prompt, completion, row):
@@ -101,6 +103,10 @@ def act(prompt, completion, row):
         return os.getpid()
     if completion == "secrets":
         return {"reward": 0, **{name: 1 for name in os.environ if name.startswith("HR_")}}
+    if completion.startswith("tell"):
+        key = os.environ["HR_JUDGE_KEY"]
+        told = {"url": urllib.parse.urlencode({"key": key}), "repr": repr(key), "cut": "x" * 490 + key}
+        raise ValueError("401 for " + told[completion.removeprefix("tell ")])
     if completion == "where":
         return float(os.getcwd() == row["cwd"] and beside.HERE == 1)
     return 1.0
@@ -205,6 +211,8 @@ def test_numbers_and_mappings_are_taken(value_reward, name, value, extras):
         ("nan inside", "it returned a mapping whose 'length' is nan"),
         ("none inside", "it returned a mapping whose 'reward' is None (NoneType)"),
         ("odd key", "the key 3; keys must be text"),
+        ("unprintable key", r"the key 'a\x1b[2J\ud800'; keys name metrics"),
+        ("long key", f"the key '{'x' * 100}'; keys name metrics: at most 100 characters"),
         ("unknown", "it raised KeyError: 'unknown'"),
     ],
 )
@@ -373,6 +381,16 @@ def test_a_secret_that_is_named_reaches_it(load, monkeypatch):
     assert score.components == {"f": 0.0, "f/HR_JUDGE_KEY": 1.0}
     with pytest.raises(ValueError, match=r"scoring\.reward_env names 'HR_UNSET_KEY', which is not set"):
         load("my_rewards.py:act", environment=["HR_UNSET_KEY"])
+
+
+def test_an_error_tells_no_secret_however_it_is_spelled_or_cut(load, monkeypatch):
+    monkeypatch.setenv("HR_JUDGE_KEY", "sk-'ab+c/d=&\\äz")
+    reward = load("my_rewards.py:act", name="f", environment=["HR_JUDGE_KEY"])
+    for how, answer in zip(
+        ("url", "repr", "cut"), ask(reward, "tell url", "tell repr", "tell cut"), strict=True
+    ):
+        assert "ab" not in answer.reason.partition(" (line")[0], how
+        assert ("x" * 490 if how == "cut" else "[redacted]") in answer.reason
 
 
 def test_the_memory_limit_is_the_one_given(load):
