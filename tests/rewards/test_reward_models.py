@@ -283,6 +283,7 @@ def test_many_are_encoded_in_one_call_as_one_by_one_are() -> None:
             return self._tokenizer(texts, **options)
 
     encoder = RewardEncoder(Counting(make_tokenizer()), TextFormat(max_length=8))
+    calls.clear()
     items: list[Item] = [
         ("ab", "cd", True),
         ("ab", "cd", False),
