@@ -47,8 +47,10 @@ class Cells:
         return np.array([self._rows[seed, bias, method][name] for seed in self.seeds], dtype=np.float64)
 
 
-def summarise(rows: list[Row]) -> Row | None:
-    """Means by bias and method, and the claims; None before any seed is complete."""
+def summarise(rows: list[Row], ceilings: list[Row]) -> Row | None:
+    """Means by bias and method, the claims, and what gold without its slope on length has; None before any
+    seed is complete.
+    """
     cells = Cells(rows)
     if not cells.seeds:
         return None
@@ -65,7 +67,13 @@ def summarise(rows: list[Row]) -> Row | None:
         for bias in BIASES
         for method in METHODS
     ]
-    return {"seeds": len(cells.seeds), "table": table, "claims": claims(cells) + secondary_claims(cells)}
+    names = [name for name in (ceilings[0] if ceilings else {}) if name != "seed"]
+    return {
+        "seeds": len(cells.seeds),
+        "table": table,
+        "ceiling": {name: interval([row[name] for row in ceilings]) for name in names},
+        "claims": claims(cells) + secondary_claims(cells),
+    }
 
 
 def claims(cells: Cells) -> list[Row]:
@@ -163,6 +171,12 @@ def show(name: str, summary: Row) -> None:
             f"     {of['turnover']:+.2f}     {of['correlation']:+.3f}  {of['correlation_within']:+.3f} "
             f"{of['partial_within']:+.3f}    {of['accuracy_gold']:.3f}   {of['accuracy_labels']:.3f}"
             f"      {of['win_gold']:.3f} {of['win_raw']:.3f}       {of['win_controlled']:.3f}"
+        )
+    if most := {name: value["mean"] for name, value in summary["ceiling"].items()}:
+        print(
+            f"  gold itself goes with length at ρ = {most['correlation_of_gold']:+.3f}; less its slope on "
+            f"length, ρ = {most['correlation']:+.3f}, it has an accuracy of "
+            f"{most['accuracy_gold']:.3f} by gold, {most['accuracy_labels']:.3f} by labels of b = 0"
         )
     for row in summary["claims"]:
         bounds = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
