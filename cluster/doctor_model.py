@@ -10,7 +10,7 @@ from cluster.config import JobConfig
 from cluster.doctor_records import JOB, Check
 from cluster.plan_memory import model_size
 from rewards.models.foreign import opening, refuse_tokens_beyond
-from rewards.models.weights import DamagedError, check_safetensors, unsafe_files
+from rewards.models.weights import DamagedError, check_safetensors, oversized, unsafe_files
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _POLICY = "model.path"
@@ -32,7 +32,11 @@ def model_checks(config: JobConfig) -> Iterator[Check]:
             found, _, remedy = unsafe.partition("; ")
             yield Check(f"{field} files", JOB, "fail", f"{folder}: {found}", remedy)
             continue
-        yield weights_check(field, folder)
+        whole = weights_check(field, folder)
+        yield whole
+        if whole.status == "ok" and (larger := oversized(folder)):
+            yield Check(f"{field} configuration", JOB, "fail", *larger.split("; ", 1))
+            continue
         yield pickles_check(field, folder)
         yield code_check(field, folder)
         yield configuration_check(field, folder)
@@ -61,7 +65,8 @@ def whole_policy(config: JobConfig) -> Path | None:
     folder = local_models(config).get(_POLICY)
     if folder is None or unsafe_files(folder):
         return None
-    return folder if weights_check(_POLICY, folder).status == "ok" else None
+    whole = weights_check(_POLICY, folder).status == "ok"
+    return folder if whole and oversized(folder) is None else None
 
 
 def _folder(name: str, revision: str | None) -> Path | None:

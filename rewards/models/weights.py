@@ -7,6 +7,7 @@ either library sees the folder.
 """
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -16,6 +17,9 @@ _INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
 _OPENED = {_SAFE, ".json", ".jinja", ".txt", ".model", ".tiktoken"}  # what libraries open by themselves
 _LONGEST_HEAD = 100 << 20  # bytes, as the format itself limits it
+_CONFIG = "config.json"
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")  # of which each has a tensor at least
+_EXTENTS = ("vocab_size", "hidden_size", "n_embd", "intermediate_size", "num_labels")  # and these an entry
 _SAVE = "save the model again with save_pretrained"
 
 
@@ -34,7 +38,7 @@ def unsafe_weights(folder: Path) -> str | None:
         )
         return f"weights must be *{_SAFE}, found {found}; {_SAVE}"
     index = folder / _INDEX
-    return (_unsafe_index(folder, index) if index.exists() else None) or _damaged(folder)
+    return (_unsafe_index(folder, index) if index.exists() else None) or _damaged(folder) or oversized(folder)
 
 
 def unsafe_files(folder: Path) -> str | None:
@@ -90,8 +94,32 @@ def _damaged(folder: Path) -> str | None:
     return None
 
 
-def check_safetensors(path: Path) -> None:
-    """Raise DamagedError unless the head can be read and the tensors fill the rest of the file."""
+def oversized(folder: Path) -> str | None:
+    """The same of a config.json that asks for more than the weights hold: it would fill memory first.
+
+    Raises DamagedError where the weights cannot be read.
+    """
+    shapes = [shape for path in folder.glob(f"*{_SAFE}") for shape in check_safetensors(path)]
+    entries = sum(math.prod(shape) for shape in shapes)
+    try:
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # whoever opens it says so
+    parts = [config, *config.values()] if isinstance(config, dict) else []
+    for part in (one for one in parts if isinstance(one, dict)):
+        for names, most, of in ((_COUNTS, len(shapes), "tensors"), (_EXTENTS, entries, "numbers")):
+            for name in names:
+                value = part.get(name)
+                if isinstance(value, int) and value > most:
+                    return (
+                        f"{_CONFIG} says {name} = {value}, but the weights hold {most} {of} in all; copy the "
+                        f"whole folder, or {_SAVE}"
+                    )
+    return None
+
+
+def check_safetensors(path: Path) -> list[list[int]]:
+    """The tensors' shapes; raises DamagedError unless they can be read and fill the rest of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -103,8 +131,7 @@ def check_safetensors(path: Path) -> None:
             head = json.loads(file.read(length))
         tensors = {name: entry for name, entry in head.items() if name != "__metadata__"}
         end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
-        for entry in tensors.values():
-            [int(extent) for extent in entry["shape"]]
+        shapes = [[int(extent) for extent in entry["shape"]] for entry in tensors.values()]
     except DamagedError:
         raise
     except (
@@ -120,3 +147,4 @@ def check_safetensors(path: Path) -> None:
         raise DamagedError(f"{path}: is no safetensors file ({type(error).__name__}: {error})") from None
     if end != size - 8 - length:
         raise DamagedError(f"{path}: holds {size - 8 - length} bytes of tensors where its head says {end}")
+    return shapes

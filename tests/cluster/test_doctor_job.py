@@ -13,7 +13,7 @@ from doctor_helpers import facts
 from cluster.config import JobConfig
 from cluster.config_file import parse_config
 from cluster.doctor_job import input_checks, wandb_check
-from cluster.doctor_model import model_checks
+from cluster.doctor_model import model_checks, whole_policy
 from cluster.doctor_needs import needs_of
 from cluster.doctor_records import Check
 from cluster.scratch import build_scratch_model
@@ -121,6 +121,17 @@ def test_code_that_a_folder_brings_is_told_of_and_not_run(folder: Path, tmp_path
     (folder / "config.json").write_text(json.dumps(values))
     assert found(job(folder, tmp_path))["model.path configuration"].status == "fail"
     assert not trap.exists()
+
+
+def test_a_configuration_beyond_its_weights_is_told_of_before_memory_is_full(
+    folder: Path, tmp_path: Path
+) -> None:
+    values = json.loads((folder / "config.json").read_text()) | {"num_labels": 10**9}
+    (folder / "config.json").write_text(json.dumps(values))
+    check = found(job(folder, tmp_path))["model.path configuration"]
+    assert (check.status, "num_labels = 1000000000" in check.found) == ("fail", True)
+    assert "save_pretrained" in check.remedy
+    assert whole_policy(job(folder, tmp_path)) is None
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,20 @@ def test_an_index_leads_nowhere_but_to_safetensors_of_the_folder(
         WEIGHTS[door](folder)
 
 
+@pytest.mark.parametrize("door", WEIGHTS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_hidden_layers", 10**8), ("num_labels", 10**9), ("vocab_size", 10**12), ("hidden_size", 10**9)],
+)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_full(
+    door: str, name: str, value: int, folder: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(ValueError, match=rf"config\.json says {name} = {value}, but the weights hold \d+ "):
+        WEIGHTS[door](folder)
+
+
 def test_whole_folders_are_fine(folder: Path) -> None:
     assert unsafe_weights(folder) is None
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
