@@ -360,7 +360,8 @@ def test_in_ray_two_actors_share_a_machine_a_kill_is_reported_and_nothing_is_lef
         publisher.close()
         assert not Path(update.payload["path"]).parent.exists()
 
-        # The engine core of the first is killed in the middle of a group.
+        # The engine core of the first, held up so that it cannot be done, is killed in the middle of a group.
+        os.kill(facts[0].engine_pid, signal.SIGSTOP)
         owed = actors[0].sample.remote(request(7, 3, 4, size=32, new=240))
         time.sleep(0.3)
         os.kill(facts[0].engine_pid, signal.SIGKILL)
