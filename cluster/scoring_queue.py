@@ -12,8 +12,9 @@ from typing import Final
 from actors.records import Group, RewardFailure, SampledGroup
 from actors.settings import BATCH_GROUPS
 
-# A group of training that comes while an evaluation's are being scored waits for the rest of their call.
-EVALUATION_BATCH: Final = 4
+# A group of training that comes while an evaluation's are being scored waits for the rest of their call; with
+# fewer samples in each, the evaluation takes longer, and no weights are published before its end.
+EVALUATION_SAMPLES: Final = 64
 
 
 @dataclass(slots=True)
@@ -63,7 +64,7 @@ class ScoringQueue:
         self._queue.put_nowait(_Entry((0, 0), _Wake()))
 
     async def take(self) -> list[Waiting]:
-        """Wait for groups of one kind: up to `BATCH_GROUPS` of training or `EVALUATION_BATCH` of evaluations.
+        """Wait for groups of one kind: up to `BATCH_GROUPS`, of evaluations with up to `EVALUATION_SAMPLES`.
 
         None at all where someone called `wake`.
         """
@@ -72,7 +73,8 @@ class ScoringQueue:
             return []
         batch = [first]
         evaluated = first.group.evaluation
-        most = EVALUATION_BATCH if evaluated else BATCH_GROUPS
+        samples = max(1, len(first.group.completions))
+        most = min(BATCH_GROUPS, max(1, EVALUATION_SAMPLES // samples)) if evaluated else BATCH_GROUPS
         while len(batch) < most and not self._queue.empty():
             entry = self._queue.get_nowait()
             if isinstance(entry.item, _Wake) or entry.item.group.evaluation != evaluated:

@@ -1,21 +1,25 @@
 """Groups of training go before those of an evaluation, which still ends."""
 
 import asyncio
+from dataclasses import replace
 from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.records import Prompt, SampledGroup
+from actors.records import Completion, Prompt, SampledGroup
 from actors.settings import BATCH_GROUPS, ScoringSettings
 from cluster.remote import Remote, WorkerLostError
 from cluster.scoring_pool import ScoringPool
-from cluster.scoring_queue import EVALUATION_BATCH, ScoringQueue, Waiting
+from cluster.scoring_queue import EVALUATION_SAMPLES, ScoringQueue, Waiting
+
+EVALUATION_BATCH = 4  # groups, of as many samples as these tests give them
 
 
 def waiting(number: int, *, evaluation: bool = False) -> Waiting:
-    group = SampledGroup(number, cast("Prompt", None), (), "rollout-0", 0.0, evaluation=evaluation)
+    samples = (cast("Completion", None),) * (EVALUATION_SAMPLES // EVALUATION_BATCH)
+    group = SampledGroup(number, cast("Prompt", None), samples, "rollout-0", 0.0, evaluation=evaluation)
     return Waiting(group, cast("asyncio.Future[object]", None))  # type: ignore[arg-type]
 
 
@@ -36,6 +40,21 @@ def test_training_goes_first_and_kinds_do_not_share_a_batch() -> None:
         queue.put(waiting(1000))  # waits for no more than the call under way
         assert numbers(await queue.take()) == [1000]
         assert len(await queue.take()) == 2
+
+    asyncio.run(asyncio.wait_for(story(), 5))
+
+
+@pytest.mark.parametrize(
+    ("samples", "groups"), [(1, BATCH_GROUPS), (8, EVALUATION_SAMPLES // 8), (EVALUATION_SAMPLES + 1, 1)]
+)
+def test_a_batch_of_an_evaluation_is_bounded_in_groups_and_in_samples(samples: int, groups: int) -> None:
+    async def story() -> None:
+        queue = ScoringQueue(0)
+        for number in range(BATCH_GROUPS + 1):
+            one = waiting(number, evaluation=True)
+            one.group = replace(one.group, completions=(cast("Completion", None),) * samples)
+            queue.put(one)
+        assert numbers(await queue.take()) == list(range(groups))
 
     asyncio.run(asyncio.wait_for(story(), 5))
 
