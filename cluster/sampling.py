@@ -72,6 +72,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         self.dynamic = DynamicSampling(self.config.rollout)
+        self.scoring.hurry(lambda: self.scheduler.queued < self.config.groups_per_step)
 
     def start(self, tasks: asyncio.TaskGroup, began: float) -> None:
         """Begin to sample, in tasks of this group; `began` is the moment from which times count."""

@@ -68,6 +68,10 @@ class ScoringPool:
             await remote.call("use_model", self._reference, self._start_s, seconds=self._start_s + 30)
         await remote.call("start", seconds=self._start_s)
 
+    def hurry(self, short: Callable[[], bool]) -> None:
+        """Where `short()` says that the next step is short of groups, these go before an evaluation's."""
+        self._queue.short = short
+
     def announce(self, update: DiscriminatorUpdate) -> None:
         """A new version of the discriminator: whatever an actor takes up from now on is scored by it."""
         self._discriminator = update

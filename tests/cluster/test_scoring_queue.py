@@ -44,6 +44,24 @@ def test_training_goes_first_and_kinds_do_not_share_a_batch() -> None:
     asyncio.run(asyncio.wait_for(story(), 5))
 
 
+def test_an_evaluation_goes_first_while_the_next_step_has_its_groups() -> None:
+    async def story() -> None:
+        queue = ScoringQueue(overtakers=100)
+        short = False
+        queue.short = lambda: short
+        for number in range(3):
+            queue.put(waiting(number))
+        for number in range(EVALUATION_BATCH + 1):
+            queue.put(waiting(-1 - number, evaluation=True))
+        assert numbers(await queue.take()) == [-1 - number for number in range(EVALUATION_BATCH)]
+        short = True
+        assert numbers(await queue.take()) == [0, 1, 2]
+        short = False
+        assert numbers(await queue.take()) == [-1 - EVALUATION_BATCH]
+
+    asyncio.run(asyncio.wait_for(story(), 5))
+
+
 @pytest.mark.parametrize(
     ("samples", "groups"), [(1, BATCH_GROUPS), (8, EVALUATION_SAMPLES // 8), (EVALUATION_SAMPLES + 1, 1)]
 )
@@ -61,13 +79,15 @@ def test_a_batch_of_an_evaluation_is_bounded_in_groups_and_in_samples(samples: i
 
 @given(
     st.integers(0, 20),
-    st.lists(st.sampled_from(["train", "evaluate", "take", "lose"]), max_size=200),
+    st.lists(st.sampled_from(["train", "evaluate", "take", "lose", "short", "enough"]), max_size=200),
 )
 def test_no_more_than_so_many_overtake_and_nothing_is_lost(overtakers: int, verbs: list[str]) -> None:
     """Whatever comes when: each group is taken, those of a kind in order, none overtaken too often."""
 
     async def story() -> None:
         queue = ScoringQueue(overtakers)
+        short = True
+        queue.short = lambda: short
         arrived: list[Waiting] = []
         taken: list[Waiting] = []
 
@@ -84,6 +104,8 @@ def test_no_more_than_so_many_overtake_and_nothing_is_lost(overtakers: int, verb
             if verb in ("train", "evaluate"):
                 arrived.append(waiting(number, evaluation=verb == "evaluate"))
                 queue.put(arrived[-1])
+            elif verb in ("short", "enough"):
+                short = verb == "short"
             elif len(taken) < len(arrived):
                 await take(lose=verb == "lose")
         while len(taken) < len(arrived):
@@ -95,8 +117,10 @@ def test_no_more_than_so_many_overtake_and_nothing_is_lost(overtakers: int, verb
             assert of_kind == sorted(of_kind)
         for place, one in enumerate(taken):
             before = [other for other in taken[:place] if other.group.group_id > one.group.group_id]
-            assert all(one.group.evaluation and not other.group.evaluation for other in before)
-            assert len(before) <= overtakers
+            if one.group.evaluation:
+                assert len(before) <= overtakers
+            else:  # only while the next step had its groups
+                assert not before or "enough" in verbs
 
     asyncio.run(asyncio.wait_for(story(), 30))
 
