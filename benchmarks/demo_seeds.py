@@ -61,6 +61,7 @@ def run_demo(seed: int, folder: Path) -> dict[str, Any]:
     return {
         "seed": seed,
         **{key: summary[key] for key in KEPT},
+        "scoring_exposed_fraction_after_the_first_step": exposed_later(folder),
         "rewards": gains(folder),
         "reward_model_accuracy": {
             stage: json.loads((folder / "stages" / stage / "summary.json").read_text())["accuracy"]
@@ -70,6 +71,14 @@ def run_demo(seed: int, folder: Path) -> dict[str, Any]:
         "peak_pss_gib": peak / GIB,
         "cpu_stolen_fraction": stolen.share(started + seconds),
     }
+
+
+def exposed_later(folder: Path) -> float:
+    """`scoring_exposed_fraction` without the first step, in which nothing is there to overlap."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if "wait/scoring_exposed_s" in row and row["learner_step"] > 1]
+    exposed = sum(row["wait/scoring_exposed_s"] for row in steps)
+    return float(exposed / sum(row["timing_s/step"] for row in steps))
 
 
 def gains(folder: Path) -> dict[str, dict[str, Any]]:
@@ -104,7 +113,9 @@ def main() -> None:
         low, high = gold["ci95"]
         print(
             f"seed {run['seed']}: gold {gold['before']:.3f} → {gold['after']:.3f}, gain {gold['gain']:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}], {run['process_s']:.0f} s, {run['peak_pss_gib']:.1f} GiB"
+            f"[{low:+.3f}, {high:+.3f}], {run['process_s']:.0f} s, {run['peak_pss_gib']:.1f} GiB, "
+            f"scoring exposed {run['scoring_exposed_fraction']:.1%}, after the first step "
+            f"{run['scoring_exposed_fraction_after_the_first_step']:.1%}"
         )
 
 

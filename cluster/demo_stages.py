@@ -120,7 +120,7 @@ max_groups_in_flight = 64
 max_num_seqs = 256
 
 [scheduler]
-window = 2
+window = 3  # an evaluation, during which no weights are published, then leaves no step without groups
 
 [learner]
 threads = 2
