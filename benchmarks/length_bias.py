@@ -170,8 +170,8 @@ def accuracies(world: World, proxy: Array, bias: float) -> Row:
 def ceiling(world: World) -> Row:
     """What is left of gold itself once its own slope on length is taken out, as the residual method does.
 
-    Where good responses are shorter, a reward that does not go with length cannot have their whole order: on
-    unbiased labels no method can lose less than this without going with length.
+    Where good responses are shorter, a reward that does not go with length cannot have their whole order. Of
+    those linear in gold and length, this one is nearest to gold.
     """
     train, test = world.train, world.test
     slope, _ = length_residual_fit(
