@@ -1,4 +1,4 @@
-# make demo  : set up, then the main job on a tiny model (3 to 6 minutes on 2 cores)
+# make demo  : set up, then the main job on a tiny model (about 3 minutes on 2 fast cores)
 # make test  : set up, then the whole test suite
 # make check : set up, then formatter, linter, strict types, import contracts and audit of dependencies
 SHELL := /bin/bash

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the whole of the mission on a tiny model, nothing downloaded",
         description="Imitate demonstrations, have candidates labelled by a simulated annotator, learn a "
         "reward model and a held-out twin from the labels, improve the policy by PPO against it, and report "
-        "what came of it: each stage a command that is printed first. 3 to 6 minutes on 2 cores.",
+        "what came of it: each stage a command that is printed first. About 3 minutes on 2 fast cores.",
     )
     _add_demo_options(demo)
     demo.set_defaults(run=_demo)
